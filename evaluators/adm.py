@@ -307,7 +307,7 @@ def estimates(
     *,
     reference_pooled: np.ndarray,
     reference_statistics: Statistics,
-    reference_spatial_statistics: Statistics,
+    reference_spatial_statistics: Statistics | None,
     block: np.ndarray,
     mode: str = "adm",
 ) -> dict[str, Estimate]:
@@ -315,22 +315,23 @@ def estimates(
 
     pooled (N, 2048), spatial (N, 2023), logits (N, 1008), reference_pooled (M, 2048), block int64 (N,). The values are
     ADM's; with mode "exact", precision and recall are exact. The leave-one-block-out values are those of the exact
-    metrics: ADM's roundings do not change their spread.
+    metrics: ADM's roundings do not change their spread. Without spatial statistics
+    there is no "sfid", without reference images (M = 0) neither "precision" nor "recall".
     """
     score_estimate = inception_score.estimate(logits, block)
-    precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
-    values = (precision.value, recall.value)
-    if mode != "exact":
-        values = precision_and_recall(reference_pooled, pooled, mode)
 
     def frechet_estimate(features: np.ndarray, reference: Statistics) -> Estimate:
         exact, rounded = _stream(features).finish_both()
         return frechet.estimate(features, reference, block, sample_statistics=exact, value_statistics=rounded)
 
-    return {
-        "fid": frechet_estimate(pooled, reference_statistics),
-        "sfid": frechet_estimate(spatial, reference_spatial_statistics),
-        "is": replace(score_estimate, value=score(logits), warning=sample_order_warning(logits)),
-        "precision": replace(precision, value=values[0]),
-        "recall": replace(recall, value=values[1]),
-    }
+    found = {"fid": frechet_estimate(pooled, reference_statistics)}
+    if reference_spatial_statistics is not None:
+        found["sfid"] = frechet_estimate(spatial, reference_spatial_statistics)
+    found["is"] = replace(score_estimate, value=score(logits), warning=sample_order_warning(logits))
+    if len(reference_pooled):
+        precision, recall = precision_recall.estimate(pooled, reference_pooled, block)
+        values = (precision.value, recall.value)
+        if mode != "exact":
+            values = precision_and_recall(reference_pooled, pooled, mode)
+        found |= {"precision": replace(precision, value=values[0]), "recall": replace(recall, value=values[1])}
+    return found

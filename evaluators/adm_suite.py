@@ -9,7 +9,8 @@ from harness.errors import UserError
 def compute(inputs: MetricInputs) -> dict[str, Estimate]:
     """The metrics "fid", "sfid", "is", "precision" and "recall" in mode `adm`; rows in file order."""
     features, reference = inputs.features, inputs.reference
-    if features.spatial is None or features.logits is None or reference.spatial_statistics is None:
+    alone = not len(reference.images)  # statistics alone, which may lack the spatial ones
+    if features.spatial is None or features.logits is None or (reference.spatial_statistics is None and not alone):
         raise UserError("suite adm needs spatial features and logits, which only the 2015 Inception network gives")
     return adm.estimates(
         features.pooled,

@@ -24,6 +24,7 @@ class Metric:
     title: str = ""  # in tables and figures; "": the key
     title_elsewhere: str = ""  # on features other than Inception's, where `title` would mislead; "": `title`
     names_n: bool = False  # the estimate depends on N, so N belongs to its title: FID-50K
+    needs_reference_images: bool = True  # False: the reference's statistics are enough, or it needs no reference
     rank: float = math.inf  # its place in tables, ascending; metrics without one stand last, by key
 
     @property
@@ -52,6 +53,7 @@ METRICS = {
     for metric in (
         Metric(
             key="fd",
+            needs_reference_images=False,
             title="FD",
             names_n=True,
             rank=20,
@@ -72,6 +74,7 @@ METRICS = {
         ),
         Metric(
             key="is",
+            needs_reference_images=False,
             title="IS",
             title_elsewhere="IS-style",
             rank=60,
@@ -150,6 +153,7 @@ METRICS = {
         ),
         Metric(
             key="fd_infinity",
+            needs_reference_images=False,
             title="FD-inf",
             rank=30,
             direction="lower",
@@ -174,6 +178,7 @@ METRICS = {
 # suites measure them, and some replace `compute` by their own definition.
 FID = Metric(
     key="fid",
+    needs_reference_images=False,
     title="FID",
     names_n=True,
     rank=10,
@@ -184,6 +189,7 @@ FID = Metric(
 )
 SFID = Metric(
     key="sfid",
+    needs_reference_images=False,
     title="sFID",
     names_n=True,
     rank=40,

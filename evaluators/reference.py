@@ -34,9 +34,9 @@ MINIMUM_IMAGES = 20  # enough for a third nearest neighbour and a covariance
 class Reference:
     """M real images, and their features by one extractor.
 
-    images: uint8 (M, H, W, C). statistics: of the pooled features, or those of the reference's file. sha256: of the images'
-    shape and pixels or, with statistics of a file, the hash that `with_statistics` describes. extractor: samples must use
-    the same one.
+    images: uint8 (M, H, W, C); M = 0 for a file of statistics alone. statistics: of the pooled features, or those of the
+    reference's file. sha256: of the images' shape and pixels or, with statistics of a file, the hash that
+    `with_statistics` describes. extractor: samples must use the same one.
     """
 
     images: np.ndarray
@@ -150,6 +150,19 @@ def build_reference(
         extractor=extractor,
         spatial_statistics=None if features.spatial is None else statistics(features.spatial),
     )
+
+
+def statistics_alone(path: Path, extractor: FeatureExtractor) -> Reference:
+    """The reference of an .npz that holds mu and sigma, and no images. Raises UserError as `with_statistics` does."""
+    nothing = np.zeros(0)
+    bare = Reference(
+        images=np.empty((0, 1, 1, 3), np.uint8),
+        features=Features(pooled=np.empty((0, extractor.dim), np.float32)),
+        statistics=Statistics(n=None, mean=nothing, covariance=np.diag(nothing)),
+        sha256="",
+        extractor=extractor,
+    )
+    return with_statistics(bare, path)
 
 
 def with_statistics(reference: Reference, path: Path) -> Reference:

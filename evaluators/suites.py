@@ -55,6 +55,20 @@ class Suite:
         """Whether mu and sigma in the reference's file are used. declared: the file's metadata names their network."""
         return self.reference_statistics != "never" and (declared or self.reference_statistics != "declared")
 
+    def without_reference_images(self, *, spatial: bool) -> "Suite":
+        """The suite without the metrics that need images of the reference, or statistics that its file lacks.
+
+        spatial: whether the file has mu_s and sigma_s, for sFID. Raises UserError if no metric is left.
+        """
+        metrics = tuple(
+            metric
+            for metric in self.metrics
+            if not metric.needs_reference_images and (spatial or metric.key != SFID.key)
+        )
+        if not metrics:
+            raise UserError(f"all metrics of suite {self.name} need images, and the reference holds statistics alone")
+        return replace(self, metrics=metrics)
+
     @property
     def summary(self) -> str:
         """One line for lists."""
@@ -251,7 +265,7 @@ def evaluate_samples(
             f"{reference.extractor.name}: build it with {suite.features.name}"
         )
     for other, what in ((reference.images, "the reference"), (training, "the training images")):
-        if images.shape[1:] != other.shape[1:]:
+        if len(other) and images.shape[1:] != other.shape[1:]:  # none: a reference of statistics alone
             raise UserError(f"samples are {images.shape[1:]} but {what} {other.shape[1:]} (height, width, channels)")
     if any(metric.needs_logits for metric in suite.metrics) and suite.features.classes is None:
         raise UserError(f"suite {suite.name} needs class logits, but {suite.features.name} has no classifier")

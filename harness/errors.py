@@ -3,6 +3,12 @@
 Each message is one line that states what is wrong, where, and how to fix it.
 """
 
+from __future__ import annotations
+
+import os
+import traceback
+from pathlib import Path
+
 
 class UserError(ValueError):
     """The request cannot be carried out: wrong usage, wrong input, or something is missing. Exit code 2."""
@@ -19,3 +25,18 @@ def shown(value: object) -> str:
     """The value as it is quoted in a message: its repr, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 3]}..."
+
+
+def one_line(error: BaseException) -> str:
+    """An error of other people's code in one line: its type, the first line of its message, and where it was raised."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if not any(part in frame.filename for part in _LIBRARIES)] or frames
+    # The innermost frame that is neither of a framework nor of the standard library is the one to look at.
+    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
+
+
+_LIBRARIES = tuple(
+    f"{os.sep}{name}{os.sep}" for name in ("torch", "jax", "jaxlib", "flax", "numpy", "importlib", "functorch")
+)

@@ -7,11 +7,12 @@ imported only when `build` is called. The compute convention behind `Compute` is
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from harness.errors import UserError
+from harness.errors import RunError, UserError, one_line
 
 KINDS = ("denoiser", "upsampler", "classifier", "generator")
 """Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
@@ -111,8 +112,28 @@ class BackboneSpec:
         return {**self.defaults, **overrides}
 
     def build(self, framework: str = "torch", **overrides: object) -> Any:
-        """The initialised network: a torch.nn.Module, or a flax nnx module for "jax"."""
-        return self.builder(framework)(**self.arguments(**overrides))
+        """The initialised network: a torch.nn.Module, or a flax nnx module for "jax", with the weights of seed 0.
+
+        Raises `UserError` if the framework is not there, and, in one line, for any other error of the builder.
+        """
+        builder = self.builder(framework)
+        further = {}
+        # The metaclass of nnx.Module hides the signature of a class; that of its __init__ shows.
+        signature = inspect.signature(vars(builder).get("__init__", builder) if isinstance(builder, type) else builder)
+        if framework == "jax" and "rngs" in signature.parameters:
+            from backbones.flax_layers import initial_rngs
+
+            further = {"rngs": initial_rngs(0)}
+        return self.call_builder(builder, **self.arguments(**overrides), **further)
+
+    def call_builder(self, builder: Callable[..., Any], **arguments: Any) -> Any:
+        """What the builder returns. Raises `UserError` in one line for every error of it."""
+        try:
+            return builder(**arguments)
+        except (UserError, RunError, MemoryError):
+            raise
+        except Exception as error:  # other people's code can raise anything
+            raise UserError(f"backbone {self.name!r}: its builder failed: {one_line(error)}") from error
 
     def builder(self, framework: str) -> Callable[..., Any]:
         """The callable that builds the network from all arguments; for "jax" it also takes `rngs` (flax.nnx.Rngs).
@@ -132,7 +153,17 @@ class BackboneSpec:
         function = self.closed_form
         if isinstance(function, str):
             function = load_attribute(function, f"closed form of backbone {self.name!r}")
-        return function(**self.arguments(**overrides))
+        try:
+            compute = function(**self.arguments(**overrides))
+        except (UserError, RunError):
+            raise
+        except Exception as error:  # other people's code can raise anything
+            raise UserError(f"backbone {self.name!r}: its closed form failed: {one_line(error)}") from error
+        if not isinstance(compute, Compute):
+            raise UserError(
+                f"backbone {self.name!r}: its closed form gave a {type(compute).__name__}, not a harness.spec.Compute"
+            )
+        return compute
 
     def null_index(self, num_classes: int) -> int | None:
         """The label that means "no class" in a network of `num_classes` classes; None: there is none."""

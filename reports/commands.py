@@ -14,9 +14,10 @@ from typing import Any
 from backbones.autoencoders.spec import KNOWN
 from harness import registry
 from harness.diffusion.guidance import Guidance
+from harness.diffusion.samplers import name_with_steps
 from harness.errors import UserError
 from harness.io.files import sha256_json
-from harness.protocols import Protocol, override
+from harness.protocols import NO_PROTOCOL, Protocol, override
 from harness.runs.run import recipe_identity
 from harness.settings import (
     EvaluateOptions,
@@ -105,7 +106,10 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     training, sampling = record.training, record.sampling
     assert training is not None and sampling is not None
     protocol, notes = _protocol_and_notes(record)
-    if training.recipe_hash is None or sampling.steps is None or sampling.sampler is None or record.backbone is None:
+    has_steps = (
+        sampling.steps is not None or sampling.evaluations_mean is not None
+    )  # an adaptive sampler has none to set
+    if training.recipe_hash is None or not has_steps or sampling.sampler is None or record.backbone is None:
         return Reproduction(notes=("The record does not state all of its training and sampling.",))
     recipe, reason = _recipe_items(training, protocol, recipes)
     if reason:
@@ -124,7 +128,7 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
     if _has_suite_of_protocol(record, protocol) and record.system == record.backbone:
         return Reproduction(commands=(_run_command(record, settings | _evaluator_files(record)),), notes=tuple(notes))
     # A sample set of the run. The star stands for the rest of its name: guidance, number of images, hash of all settings.
-    name = f"step{training.steps}-{sampling.sampler}{sampling.steps}-*/samples.npz"
+    name = f"step{training.steps}-{name_with_steps(sampling.sampler, sampling.steps)}-*/samples.npz"
     return Reproduction(
         commands=(
             _run_command(record, settings | {"out": OUT}),
@@ -318,9 +322,14 @@ def _weights_file(record: Record) -> str:
 
 
 def _reference(record: Record) -> str:
-    """The file name of the reference batch of ADM's evaluator, as `harness data fetch` saves it; "" if none is needed."""
+    """The file name of the reference batch of ADM's evaluator, as `harness data fetch` saves it; "" if none is needed.
+
+    A placeholder for samples that were evaluated without a protocol, which are compared with a reference alone.
+    """
     from harness.data.public_files import FILES
 
+    if record.protocol == NO_PROTOCOL:
+        return "REFERENCE_FILE"
     known = FILES.get(f"{record.dataset}-{record.resolution}")
     # A suite without a weights file measures against the images of the data set.
     return known.file if known is not None and _weights_file(record) else ""
@@ -340,6 +349,8 @@ def _data_setting(record: Record) -> dict[str, Any]:
 
 def _protocol_and_notes(record: Record) -> tuple[Protocol | None, list[str]]:
     """(the record's protocol, or None if it is not registered; notes on it)."""
+    if record.protocol == NO_PROTOCOL:
+        return None, []
     if record.protocol not in registry.protocols:
         return None, [f"Protocol {record.protocol!r} is not built in."]
     protocol, version = registry.protocols.get(record.protocol), record.protocol_version
@@ -349,8 +360,13 @@ def _protocol_and_notes(record: Record) -> tuple[Protocol | None, list[str]]:
     return protocol, []
 
 
-def _protocol_word(record: Record, protocol: Protocol | None) -> str:
-    """The value of --protocol; a placeholder for a protocol that is not registered. protocol: of `_protocol_and_notes`."""
+def _protocol_word(record: Record, protocol: Protocol | None) -> str | None:
+    """The value of --protocol; a placeholder for a protocol that is not registered. protocol: of `_protocol_and_notes`.
+
+    None: the samples were evaluated without a protocol.
+    """
+    if record.protocol == NO_PROTOCOL:
+        return None
     return record.protocol if protocol is not None else "PROTOCOL_FILE.toml"
 
 

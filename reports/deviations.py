@@ -129,7 +129,7 @@ def deviation_section(pairs: Sequence[Pair]) -> Section:
                 Cell(metric_title(ours[0], measured.n, ours[1])),
                 pair.published.cell(theirs),
                 pair.measured.cell(ours),
-                Cell("-") if deviation is None else Cell(f"{deviation:+.1f} %", deviation),
+                Cell("-") if deviation is None else Cell(f"{deviation:+z.1f} %", deviation),
                 Cell(inside),
             )
             lines.append(make_line(cells, published=False, notes=notes))

@@ -152,8 +152,8 @@ def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
         series = [single_mark_series(line, mark, "points") for line, mark in marked]
         notes = [*study.notes, *([note] if note else []), *bars_note(series)]
         if pearson is not None:
-            interval = f" [{pearson.low:.2f}, {pearson.high:.2f}]" if pearson.low is not None else ""
-            notes.append(f"correlation with log Gflops {pearson.r:.2f}{interval} ({pearson.n} models)")
+            interval = f" [{pearson.low:z.2f}, {pearson.high:z.2f}]" if pearson.low is not None else ""
+            notes.append(f"correlation with log Gflops {pearson.r:z.2f}{interval} ({pearson.n} models)")
             notes += recipes_note(marked)
         law, family = law_of(best)
         if law is not None:
@@ -250,7 +250,7 @@ def law_series(law: PowerLaw, label: str = "") -> list[Series]:
 def law_note(law: PowerLaw, family: str) -> str:
     """The note on the formula of a law. family: the models that it is fitted to, as `law_of` returns them."""
     return (
-        f"dashed: {law.factor:.3g} Gflops^{law.exponent:.2f} [{law.low:.2f}, {law.high:.2f}], least squares in logarithms "
+        f"dashed: {law.factor:.3g} Gflops^{law.exponent:z.2f} [{law.low:z.2f}, {law.high:z.2f}], least squares in logarithms "
         f"over {law.n} {family}; band: 95 % interval of the law"
     )
 

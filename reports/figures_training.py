@@ -210,7 +210,7 @@ def other_metrics(index: RecordIndex, published: Sequence[Record]) -> Figure | N
                 series = tuple(single_mark_series(line, mark, "points") for line, mark in marked)
                 notes = [*study.notes, note, *bars_note(series)]
                 notes += (
-                    [f"correlation with log Gflops {pearson.r:.2f} ({pearson.n} models)", *recipes_note(marked)]
+                    [f"correlation with log Gflops {pearson.r:z.2f} ({pearson.n} models)", *recipes_note(marked)]
                     if pearson
                     else []
                 )

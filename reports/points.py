@@ -253,7 +253,7 @@ def group_by_settings(records: Iterable[Record], along: Sequence[str], part: typ
             record.framework,
             record.protocol_version,
             training_key(record.training) if record.training is not None else None,
-            sampling_key(record.sampling) if record.sampling is not None else None,
+            sampling_key(record.sampling.without_counts) if record.sampling is not None else None,
             record.evaluation.suite_version if record.evaluation is not None else None,
             # The paper does not state every setting, so its rows stay apart, except as points along a line.
             (record.table, record.row) if record.source is not None and not along else None,

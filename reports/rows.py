@@ -136,6 +136,7 @@ def columns_of(row: Row) -> dict[str, Cell]:
     record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     steps = sampling.steps if sampling else None
     stage_steps = sampling.stage_steps if sampling else None  # of a cascade, as "50 + 50"
+    without_steps = "adaptive" if sampling and sampling.evaluations_mean is not None else "-"
     return {
         "Params (M)": Cell(params_text(record.params), record.params),
         "Gflops": _quantity_cell(record.gflops),
@@ -143,7 +144,7 @@ def columns_of(row: Row) -> dict[str, Cell]:
         "Training Gflops": _quantity_cell(training.gflops if training else None),
         "Seed": _number_cell(training.seed if training else None),
         "Sampler": Cell((sampling.sampler if sampling else None) or "-"),
-        "Sampling steps": Cell("-") if steps is None else Cell(stage_steps or str(steps), steps),
+        "Sampling steps": Cell(without_steps) if steps is None else Cell(stage_steps or str(steps), steps),
         "Guidance": Cell(guidance_text(record), sampling.guidance_scale if sampling else None),
         "Sampling Gflops": _quantity_cell(sampling.gflops_per_image if sampling else None),
     }

@@ -306,7 +306,7 @@ def _count_cell(count: Counted | None) -> Cell:
     """`118.64`, or with its deviation from the printed figure `118.64 (+0.5 %)`; a dash for None."""
     if count is None:
         return Cell("-")
-    return Cell(f"{count.text} ({count.deviation:+.1f} %)" if count.deviation else count.text, count.value)
+    return Cell(f"{count.text} ({count.deviation:+z.1f} %)" if count.deviation else count.text, count.value)
 
 
 def _metric_cell(row: Row, key: str, marks: dict[tuple[str, str], str]) -> Cell:

@@ -100,12 +100,13 @@ def measured_text(value: float, low: float | None, high: float | None) -> str:
     Without an interval, or if its width is 0: four significant digits.
     """
     if low is None or high is None:
-        return f"{value:.4g}"
+        return f"{value:z.4g}"
     width = high - low
     if width <= 0:
-        return f"{value:.4g} [{low:.4g}, {high:.4g}]"
+        return f"{value:z.4g} [{low:z.4g}, {high:z.4g}]"
     decimals = min(max(1 - math.floor(math.log10(width)), 0), 8)
-    return f"{value:.{decimals}f} [{low:.{decimals}f}, {high:.{decimals}f}]"
+    # z: a value that rounds to zero has no sign, as an unbiased distance just below zero
+    return f"{value:z.{decimals}f} [{low:z.{decimals}f}, {high:z.{decimals}f}]"
 
 
 def count_text(count: int | None) -> str:
@@ -227,7 +228,7 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
         }
     if sampling is not None:
         values |= {
-            "network evaluations": sampling.evaluations,
+            "network evaluations": _evaluations_text(sampling),
             "sampling Gflops": sampling.gflops_per_image,
             "decoder Gflops": sampling.decoder_gflops,
             "sampling batch": sampling.batch,
@@ -237,6 +238,13 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
     if evaluation is not None:
         values |= {"features": evaluation.features}
     return _as_texts(values)
+
+
+def _evaluations_text(sampling: Sampling) -> str | None:
+    """Network evaluations of an image: `250`, or of an adaptive sampler `62.5 in the mean, at most 86`."""
+    if sampling.evaluations_mean is not None:
+        return f"{sampling.evaluations_mean:.6g} in the mean, at most {sampling.evaluations_max}"
+    return None if sampling.evaluations is None else str(sampling.evaluations)
 
 
 def _as_texts(values: dict[str, object]) -> dict[str, str]:

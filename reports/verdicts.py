@@ -72,7 +72,7 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
         Cell(quantity_text(compute(matchup.group)), compute(matchup.group)),
         _value(matchup.group),
         _value(matchup.opponent),
-        Cell(f"{verdict.difference:+.3g}{largest_tie}", verdict.difference),
+        Cell(f"{verdict.difference:+z.3g}{largest_tie}", verdict.difference),
         Cell(verdict.scope),
         Cell(verdict.if_trained_again or "-"),
         Cell(_differences(matchup) or "-"),
@@ -93,7 +93,7 @@ def _name(group: Group) -> str:
 def _value(group: Group) -> Cell:
     """The cell of a group's value: the mean of several records, without an interval, or one value with its interval."""
     if len(group.records) > 1:
-        return Cell(f"{group.value:.4g}", group.value)
+        return Cell(f"{group.value:z.4g}", group.value)
     (record,) = group.records
     return Cell(measured_text(record.value, record.low, record.high), record.value, record.id)
 

@@ -175,6 +175,7 @@ def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """
     skipped = {  # `images` too, because it is steps x batch
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
+        "evaluations_mean", "evaluations_max",
         "decoder_gflops", "images", "micro_batch", "batch",
     }  # fmt: skip
     differences: dict[str, tuple[object, object]] = {}
@@ -292,7 +293,7 @@ def experiment_key(record: Record) -> tuple:
         record.protocol,
         record.protocol_version,
         record.training and _training_key(record.training),
-        record.sampling and _sampling_key(record.sampling),
+        record.sampling and _sampling_key(record.sampling.without_counts),
     )
 
 

@@ -104,6 +104,9 @@ class Sampling(_Checked):
     sampler: str | None = None  # "ddpm", "ddim", ...
     steps: int | None = None
     evaluations: int | None = None  # network evaluations per image; one with classifier-free guidance counts two
+    # Of an adaptive sampler, of which every image has its own number; steps and evaluations are None then.
+    evaluations_mean: float | None = None
+    evaluations_max: int | None = None
     eta: float | None = None  # DDIM's noise share, in [0, 1]
     spacing: str | None = None  # of the times at which the network is asked; None: the usual one of the schedule
     ema_width: float | None = (
@@ -125,6 +128,13 @@ class Sampling(_Checked):
     settings: str | None = None  # in words, the settings of a system of several networks that have no field here
     settings_hash: str | None = None  # of all settings of a system of several networks
     samples_sha256: str | None = None
+
+    @property
+    def without_counts(self) -> "Sampling":
+        """A copy without what an adaptive sampler counts, which differs from seed to seed: for keys of equal settings."""
+        if self.evaluations_mean is None:
+            return self
+        return dataclasses.replace(self, evaluations_mean=None, evaluations_max=None, gflops_per_image=None)
 
     @property
     def guidance(self) -> Guidance | None:

@@ -15,6 +15,7 @@ from results.lines import LineReader
 from results.records import BrokenRecord, NewerSchema, Record, to_json
 
 RECORDS_FILE = "records.jsonl"
+HEAD_BYTES = 1 << 20  # of a file that are read to tell whether it holds records
 
 # Threads, processors and libraries change a metric by less; a larger difference is a conflict.
 RELATIVE_TOLERANCE = 1e-5
@@ -150,7 +151,8 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
 
 
 def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
-    """The record files in `paths`: files as they are, and every `records.jsonl` below folders; sorted.
+    """The record files in `paths`: files as they are; below folders every `records.jsonl`, and every other *.jsonl that
+    holds records, as `harness evaluate --out` writes it; sorted.
 
     A file that is reached by two names or through a link is listed once.
     Raises UserError for a path that does not exist.
@@ -158,7 +160,7 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
     found: set[Path] = set()
     for path in map(Path, paths):
         if path.is_dir():
-            found.update(path.rglob(RECORDS_FILE))
+            found.update(each for each in path.rglob("*.jsonl") if each.name == RECORDS_FILE or _holds_records(each))
         elif path.exists():
             found.add(path)
         else:
@@ -167,6 +169,27 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
     for path in sorted(found):
         by_target.setdefault(path.resolve(), path)
     return tuple(by_target.values())
+
+
+def _holds_records(path: Path) -> bool:
+    """Whether a file has a record, of this or of a newer schema, in its first HEAD_BYTES; other logs are *.jsonl, too."""
+    try:
+        with path.open("rb") as file:
+            lines = file.read(HEAD_BYTES).split(b"\n")
+    except OSError:
+        return False
+    reader = LineReader()
+    for line in lines:
+        if b'"metric"' not in line:
+            continue
+        try:
+            _parse(line, reader)
+        except BrokenRecord:  # such as a line that a crash has cut
+            continue
+        except NewerSchema:
+            return True
+        return True
+    return False
 
 
 def _parse(line: bytes, reader: LineReader) -> Record:

@@ -38,6 +38,7 @@ COPIED = {  # ours: diffusers' in every transformer_blocks.N
     "y_embedder.embedding_table.weight":    "norm1.emb.class_embedder.embedding_table.weight",
 }
 # fmt: on
+LABEL_TABLE = "y_embedder.embedding_table.weight"
 QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 KINDS = ("weight", "bias")
 STORED_POSITIONS = ("pos_embed.pos_embed", "pos_embed")  # names of the position table in files that hold it
@@ -179,7 +180,9 @@ def facts(spec: BackboneSpec, shapes: Shapes) -> dict[str, Any]:
             channels = outputs[0] // max(1, patch * patch)  # max: a broken file may have a side of 0
             arguments["out_channels"] = None if channels == 2 * in_channels else channels  # None: 2 * in_channels
     if labels := shapes.get("y_embedder.embedding_table.weight"):
-        arguments["num_classes"] = labels[0] - 1  # without the "no class" label
+        # Without the "no class" label; a table of exactly the classes that are usual has none.
+        usual = labels[0] == spec.defaults["num_classes"]
+        arguments["num_classes"] = labels[0] - (0 if usual else 1)
     return arguments
 
 
@@ -268,6 +271,7 @@ MAP = WeightMap(
             marks=("x_embedder.proj.weight", "t_embedder.mlp.0.weight", "final_layer.linear.weight"),
             inward=take_all,
             outward=take_all,
+            label_table=LABEL_TABLE,
         ),
         Layout(
             name="diffusers",
@@ -280,6 +284,7 @@ MAP = WeightMap(
             notes=_diffusers_notes,
             config=diffusers_config,
             contradiction=contradiction,
+            label_table=LABEL_TABLE,
         ),
     ),
     facts=facts,

@@ -1,11 +1,12 @@
 """The weights of the 2015-12-05 Inception-v3, from the frozen graph that ADM's evaluator runs or from its torch port.
 
-Neither TensorFlow nor torch is needed to read them. The two public files hold the same numbers; their names, sizes and
-hashes are below. Another file is accepted only if it holds the same network, layer by layer; it is then described as
-unknown weights.
+TensorFlow is not needed to read them. The two public files hold the same numbers; their names, sizes and hashes are
+below. Another file is accepted only if it holds the same network, layer by layer or, with a warning, if its features of
+a built-in picture are equal; it is then described as unknown weights.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ PORT_NAME, PORT_SIZE = "pt_inception-2015-12-05-6726825d.pth", 95_628_359
 PORT_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 # Preprocessing and precision, which are part of the hash of the feature network.
 RECIPE = "TF1 bilinear resize to 299x299; (x - 128) / 128; float32; logits without bias"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,12 +139,12 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
     known = len(data) == GRAPH_SIZE and md5 == GRAPH_MD5
     try:
         nodes = read_graph(data)
-        if not known:  # the public file needs no check
-            check_structure(nodes)
         layers = {}
         for conv in convolutions():
             layers[conv.scope] = _graph_layer(path, nodes, conv)
         classifier = _checked(path, "softmax/weights", _constant(nodes, "softmax/weights"), (POOLED, CLASSES))
+        if not known:  # the public file needs no check
+            _check_network(path, nodes, layers, classifier)
     except Malformed as error:
         size = "" if len(data) == GRAPH_SIZE else f" It has {len(data):,} bytes, the public file {GRAPH_SIZE:,}."
         raise UserError(
@@ -156,6 +159,26 @@ def _from_graph(path: Path, data: memoryview) -> InceptionWeights:
         known=known,
         is_graph=True,
     )
+
+
+def _check_network(path: Path, nodes: dict[str, Node], layers: dict[str, Layer], classifier: np.ndarray) -> None:
+    """Raise Malformed for a graph that computes other features than this network with the weights that were read.
+
+    A graph whose structure is not the published one is run on a picture: equal features are accepted with a warning.
+    """
+    try:
+        check_structure(nodes)
+    except Malformed as error:
+        from evaluators.features.inception_self_test import TOLERANCE, largest_difference  # needs torch
+
+        difference = largest_difference(nodes, layers, classifier)
+        if difference > TOLERANCE:
+            raise Malformed(
+                f"{error}, and its features of a test picture differ by {difference:.1e} of their root mean square"
+            ) from error
+        logger.warning(
+            f"{path}: its structure is not that of {GRAPH_NAME} ({error}); its features of a test picture are equal"
+        )
 
 
 def _node(nodes: dict[str, Node], name: str) -> Node:

@@ -1,7 +1,31 @@
 """Check that a frozen graph of unknown origin computes the Inception-v3 of `inception_layers`, operation by operation.
 
 Constants of the right names and shapes are not enough: another pool, epsilon or resize gives other features with the
-same weights. The graph is walked from its outputs to its input and compared with the table of layers.
+same weights. The graph is walked from its outputs to its input and compared with the table of layers. A graph that
+differs is not refused for it, but run on a picture (`inception_self_test`): what decides are its features.
+
+What is checked, and the public evidence that classify_image_graph_def.pb passes:
+
+| check | evidence |
+|---|---|
+| operations, no others between input and outputs | [S] lists all operations of the file by type |
+| one Concat for each block, of 3, 4 or 6 branches, or a join of joins | [S] 11 Concat; [T] no concat_dim but JOIN/concat_dim |
+| names of convolutions, their constants and their shapes | [P] maps all 94; [T]; [S] 23,885,411 parameters, as here |
+| order of the branches, kernels, strides, paddings | [P] a network of these gives the graph's FID to 1e-6 |
+| maximum or average of each pool; sizes of pools | [S] 5 MaxPool, 9 AvgPool; [J] names the five; [P] as above |
+| Conv2D, normalisation, CheckNumerics, Identity, Relu; two of them change nothing | [T] the first 50 nodes; [S] 94, 99 |
+| inputs of the normalisation: t, m, v, beta, gamma | TensorFlow's definition of BatchNormWithGlobalNormalization |
+| epsilon 0.001 | [P] |
+| ExpandDims -> ResizeBilinear -> Sub -> Mul, their second inputs 299, 128, 1/128 | [T] names and order; [I] values |
+| resize without aligned corners or half-pixel centres | [P] (bit-exact resize); the second attribute is of 2018 |
+| pool_3, mixed_6/conv and softmax/logits/MatMul, whose second input is softmax/weights | [A]; [T], [P] the names |
+| axis 3 of a Concat | none; it follows from the widths in [P] |
+| data_format NHWC or not given, no dilations | none: both attributes are newer than the file |
+
+[S] TensorFlow, tools/graph_transforms/README.md: output of summarize_graph. [T] Tensorflex, README, get_graph_ops and
+pull request 5. [P] torch-fidelity, util_convert_inception_weights.py and feature_extractor_inceptionv3.py (from
+pytorch-fid). [J] jzuern's script for float16 lists the pools without an attribute T. [I] openai/improved-gan issue 28.
+[A] openai/guided-diffusion, evaluations/evaluator.py.
 """
 
 from collections.abc import Sequence
@@ -141,20 +165,43 @@ class _Structure:
         return self._input(product, 0)
 
     def _check_join(self, node: Node, join: Join) -> Node:
+        ends = self._joined(node)
+        if len(ends) != _branches(join):
+            raise Malformed(f"{node.name} joins {len(ends)} branches, not {_branches(join)}")
+        return self._check_branches(node.name, ends, join)
+
+    def _joined(self, node: Node, depth: int = 2) -> list[Node]:
+        """The last nodes of the branches that `node` joins along the channels; a join of joins counts as one."""
         self._expect_op(node, "Concat", "ConcatV2")
-        count = len(join.branches)
+        count = sum(not name.startswith("^") for name in node.inputs) - 1
         # the axis is the first input of Concat and the last of ConcatV2
         first_branch, axis_input = (1, 0) if node.op == "Concat" else (0, count)
         axis = self._input(node, axis_input).array().ravel().tolist()
-        inputs = [name for name in node.inputs if not name.startswith("^")]
-        if axis not in ([3], [-1]) or len(inputs) != count + 1:
-            raise Malformed(f"{node.name} joins {len(inputs) - 1} branches on axis {axis}, not {count} on 3")
+        if axis not in ([3], [-1]):
+            raise Malformed(f"{node.name} joins on axis {axis}, not on 3")
+        ends: list[Node] = []
+        for index in range(count):
+            end = self._input(node, first_branch + index)
+            ends += self._joined(end, depth - 1) if depth and end.op in ("Concat", "ConcatV2") else [end]
+        return ends
+
+    def _check_branches(self, name: str, ends: list[Node], join: Join) -> Node:
+        """Check the branches of the join `name`; takes their last nodes from the front of `ends`."""
         sources: set[str] = set()  # names of the nodes where the branches start: one, if they have the same input
-        for index, branch in enumerate(join.branches):
-            source = self._input(node, first_branch + index)
-            for layer in reversed(branch):
+        for branch in join.branches:
+            *layers, last = branch
+            if isinstance(last, Join):
+                source = self._check_branches(name, ends, last)
+            else:
+                source = self._check_layer(ends.pop(0), last)
+            for layer in reversed(layers):
                 source = self._check_layer(source, layer)
             sources.add(source.name)
         if len(sources) != 1:
-            raise Malformed(f"the branches of {node.name} start from {sorted(sources)}")
+            raise Malformed(f"branches of {name} start from {sorted(sources)}")
         return self._resolve(sources.pop())
+
+
+def _branches(join: Join) -> int:
+    """The number of branches, counting those of a join at the end of a branch."""
+    return sum(_branches(branch[-1]) if isinstance(branch[-1], Join) else 1 for branch in join.branches)

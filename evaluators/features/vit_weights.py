@@ -14,7 +14,7 @@ import torch
 
 from evaluators.features.vit_shapes import FLAG, VitShape
 from harness.errors import UserError
-from harness.weights.files import WeightFile, open_weights, sha256
+from harness.weights.files import WeightFile, open_weights
 from harness.weights.load import as_torch
 from harness.weights.maps import compare
 
@@ -148,7 +148,7 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
     problems = compare(stored_shapes, wanted_shapes)
     if problems:
         raise UserError(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
-    digest = sha256(weights.path)
+    digest = weights.sha256()
     state = {ours: _read(weights, sources(ours, names), tuple(meta.shape)) for ours, meta in expected.items()}
     return ReadState(state=state, sha256=digest, found=f"{title} {weights.path.name}, sha256 {digest[:12]}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
 from harness.weights.files import sha256
+from harness.weights.folders import known_file
+
+DIFFUSERS_FILE = re.compile(
+    r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)"
+)  # with or without a variant
 
 # Stable Diffusion's scaling_factor, about 1 / the standard deviation of its latents; used if a config has none
 SCALE_KL = 0.18215
@@ -106,8 +112,8 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
     """
     if path.is_dir():
         folder = path / "vae" if (path / "vae" / "config.json").is_file() else path
-        file = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
-        if file is None:
+        file = known_file(folder)
+        if file is None or not DIFFUSERS_FILE.fullmatch(file.name):
             raise UserError(
                 f"{path} holds no {' or '.join(WEIGHTS)}; give the folder that save_pretrained wrote, or a file"
             )
@@ -119,7 +125,7 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
         folder, file = path.parent, path
     else:
         raise UserError(f"{path}: no such file or folder; {flag} takes an autoencoder's folder or weight file")
-    if file.name not in WEIGHTS or not (folder / "config.json").is_file():
+    if not DIFFUSERS_FILE.fullmatch(file.name) or not (folder / "config.json").is_file():
         return None, file
     config = files.read_json(folder / "config.json", "autoencoder config")
     kind = config.get("_class_name") if isinstance(config, dict) else None

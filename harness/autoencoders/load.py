@@ -17,7 +17,7 @@ from harness.autoencoders.files import find, identity, locate, record_name, reso
 from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
-from harness.weights.files import open_weights, sha256, unchanged
+from harness.weights.files import open_weights, unchanged
 from harness.weights.tensors import all_finite, refuse_not_finite
 
 if TYPE_CHECKING:
@@ -264,7 +264,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], 
     stored, notes = own_tensors(weights.tensors, path)
     with unchanged(weights):
         arrays = {name: tensor.read() for name, tensor in stored.items()}
-        digest = sha256(weights.path)
+        digest = weights.sha256()
     for name, array in arrays.items():
         if not all_finite(array, stored[name].dtype):
             refuse_not_finite(path, name)

@@ -30,6 +30,8 @@ COMMANDS = {
     "weights": ("weights", "Inspect, import and export public checkpoints; nothing in them is executed."),
     "data": ("data", "Prepare, fetch and verify data sets, latents and references."),
     "flops": ("flops", "Parameters and theoretical Gflops, with the published values."),
+    "new": ("new", "Write a package with a backbone of your own, which trains at once."),
+    "check": ("check", "Check a backbone: shapes, gradients, batches, labels, compute, torch against JAX."),
     "bench": ("bench", "Speed, utilisation and memory of a backbone on this device, with the roofline of the device."),
     "doctor": ("doctor", "Check this machine: what is installed, what is missing, and how to fix it."),
 }

@@ -46,9 +46,9 @@ def command(as_json: bool, **options: Any) -> None:
     columns = {  # heading: function from a verdict to its cell
         "metric": lambda each: each.metric,
         "sampling": lambda each: escape(each.sampling),
-        "A": lambda each: f"{each.a.value:.4g}",
-        "B": lambda each: f"{each.b.value:.4g}",
-        "A - B": lambda each: f"{each.difference:+.3g}",
+        "A": lambda each: f"{each.a.value:z.4g}",
+        "B": lambda each: f"{each.b.value:z.4g}",
+        "A - B": lambda each: f"{each.difference:+z.3g}",
         "noise": lambda each: "-" if each.largest_tie is None else f"{each.largest_tie:.3g}",
         "A is a": lambda each: each.verdict,
         "trained again": lambda each: each.if_trained_again or "unknown",

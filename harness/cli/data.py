@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.flags_from_settings import COUNT, PATH, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, Value, json_option
+from harness.io.text import read_path
 
 
 @click.group("data")
@@ -53,8 +54,14 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
     click.echo(f"  {meta.images:,} images {shape} in {len(meta.classes):,} classes, sha256 {meta.sha256[:12]}")
 
 
+def _read_source(value: str) -> str:
+    """The name of a data set, or a path as it was written: ./digits is no data set. ValueError if it is empty."""
+    read_path(value)
+    return value
+
+
 @command.command("reference", short_help="Make an evaluation reference from images.")
-@click.argument("source")
+@click.argument("source", type=Value("text", _read_source))
 @click.option("--out", type=PATH, required=True, metavar="FILE.npz", help="Where to write. Nothing is overwritten.")
 @click.option("--suite", default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`.")
 @click.option(

@@ -121,7 +121,7 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
         if row["difference"] is None:  # no published value
             difference = "-"
         else:
-            difference = f"{row['difference']:+.2f}" if row["difference"] else "0"
+            difference = f"{row['difference']:+z.2f}" if row["difference"] else "0"
         cells = [
             row["name"],
             "x".join(str(each) for each in (size, size, channels) if each) if size else "-",

@@ -9,6 +9,7 @@ import click
 
 from harness import registry
 from harness.cli.flags_from_settings import json_option
+from harness.diffusion.samplers import option_text
 
 NOUNS = {
     "backbones": registry.backbones,
@@ -55,10 +56,32 @@ def suite_metadata(item: Any) -> dict[str, Any]:
     }
 
 
+def sampler_metadata(item: Any) -> dict[str, Any]:
+    """A sampler's form, and its options with their defaults and the words that they take; nothing if it has none."""
+    options = getattr(item, "options", ())  # plug-ins may register another class
+    if not options:
+        return {}
+    return {
+        "form": item.form,
+        "options": [
+            {"name": each.name, "default": each.default, **({"choices": list(each.choices)} if each.choices else {})}
+            for each in options
+        ],
+    }
+
+
+def sampler_form(row: dict[str, Any]) -> str:
+    """The form of a sampler with options, its defaults and the words that they take, in one line."""
+    defaults = ":".join(option_text(each["default"]) for each in row["options"])
+    choices = [f"{each['name'].upper()}: {', '.join(each['choices'])}" for each in row["options"] if "choices" in each]
+    return "; ".join([f"{row['form']}, by default {defaults}", *choices])
+
+
 METADATA = {
     # kind of item: function from an item to its further columns in --json
     "backbones": lambda item: {"kind": item.kind, "frameworks": list(item.builders)},
     "systems": system_metadata,
+    "samplers": sampler_metadata,
     "suites": suite_metadata,
     "metrics": metric_metadata,
 }
@@ -93,6 +116,8 @@ def command(noun: str | None, as_json: bool) -> None:
             click.echo(f"  {row['name']:<{width}}  {row['summary']}{origin}".rstrip())
             if row.get("note"):
                 click.echo(f"  {'':<{width}}  {row['note']}")
+            if row.get("form"):
+                click.echo(f"  {'':<{width}}  {sampler_form(row)}")
             if row.get("unavailable"):
                 click.echo(f"  {'':<{width}}  cannot be run: {row['unavailable']}")
             elif "weights" in row:

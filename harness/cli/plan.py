@@ -47,7 +47,7 @@ def command(as_json: bool, **settings: Any) -> None:
     from harness.pipeline.plan import with_measurement
 
     request = request_from(options)
-    plan = make_plan(request, check_decoder=True)
+    plan = make_plan(request, check_files=True)
     if not as_json:  # before the measurement, which takes its time
         click.echo(headline(request, by_default=options.protocol is None))
         click.echo(costs_text(plan))

@@ -96,7 +96,7 @@ def command(
         return
     if failed := [row for row in state.rows if row.state == "failed"]:
         reasons = "; ".join(
-            f"{row.run.name}: {row.reason}" + (f" (log {row.log})" if row.log else "") for row in failed
+            f"{row.run.label}: {row.reason}" + (f" (log {row.log})" if row.log else "") for row in failed
         )
         hint = "" if retry_failed else "; --retry-failed tries again"
         raise RunError(f"{len(failed)} of {len(state.rows)} runs failed: {reasons}{hint}")
@@ -151,16 +151,19 @@ def print_overview(state: Overview) -> None:
     for row in state.rows:
         if row.reason and row.state == "failed":
             where = f"  (log {row.log})" if row.log else ""
-            console.print(f"{row.run.name}: {row.reason}{where}", soft_wrap=True, markup=False)
+            console.print(f"{row.run.label}: {row.reason}{where}", soft_wrap=True, markup=False)
     click.echo(summary(state))
 
 
 def table_of(state: Overview, width: int) -> Table:
-    """A table with one row for each run: state, steps, sample sets, remaining work."""
+    """A table with one row for each run: its variant if the study has any, state, steps, sample sets, remaining work."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("run", no_wrap=True)
+    if state.has_variants:
+        table.add_column("variant", no_wrap=True)
     table.add_column("state", no_wrap=True)
     for heading in ("steps", "sample sets", "Gflops left", "time left"):
         table.add_column(heading, justify="right", no_wrap=True)
@@ -169,6 +172,7 @@ def table_of(state: Overview, width: int) -> Table:
         style = STYLES.get(row.state, "")
         table.add_row(
             row.run.name,
+            *([escape(row.run.variant)] if state.has_variants else []),
             f"[{style}]{row.state}[/]" if style else row.state,
             f"{row.steps_done:,}/{row.run.steps:,}",
             f"{row.sets_done}/{row.sets}",

@@ -15,6 +15,12 @@ MAX_LISTED = 5  # names of a list that are printed; --json has all
 backbone_option = click.option(
     "--backbone", metavar="NAME", help="Backbone of the weights. [default: recognised by names and shapes]"
 )
+entry_option = click.option(
+    "--entry",
+    metavar="NAME",
+    help="Part of a checkpoint to read, such as model or ema.shadow. [default: the only one that fits, a moving average "
+    "before raw weights]",
+)
 out_option = click.option("--out", type=PATH, metavar="PATH", help="Where to write. Nothing is overwritten.")
 
 
@@ -29,24 +35,26 @@ def command() -> None:
 @command.command("inspect", short_help="Say what a file is, and whether it fits a backbone.")
 @click.argument("file", type=PATH)
 @backbone_option
+@entry_option
 @json_option
-def inspect(file: Path, backbone: str | None, as_json: bool) -> None:
+def inspect(file: Path, backbone: str | None, entry: str | None, as_json: bool) -> None:
     """Say what FILE is: format, backbone, size, hash, and which tensors are missing, unexpected or of another shape."""
     from harness.weights.transfer import inspect_file
 
-    document = inspect_file(file, backbone)
+    document = inspect_file(file, backbone, entry)
     click.echo(json.dumps(document, indent=2) if as_json else "\n".join(description_lines(document)))
 
 
 @command.command("import", short_help="Convert to safetensors with the harness's names.")
 @click.argument("file", type=PATH)
 @backbone_option
+@entry_option
 @out_option
-def import_(file: Path, backbone: str | None, out: Path | None) -> None:
+def import_(file: Path, backbone: str | None, entry: str | None, out: Path | None) -> None:
     """Write FILE as safetensors with the harness's names; the metadata says where it comes from."""
     from harness.weights.transfer import import_file
 
-    written, about = import_file(file, out, backbone)
+    written, about = import_file(file, out, backbone, entry)
     settings = "".join(f", {name} {value}" for name, value in about["arguments"].items())
     click.echo(f"{written}: {about['backbone']}{settings}, from {about['source']['name']} ({about['format']})")
     for note in about["notes"]:
@@ -65,8 +73,9 @@ def import_(file: Path, backbone: str | None, out: Path | None) -> None:
     help="Public layout: dit, diffusers, guided-diffusion, ldm, ...",
 )
 @backbone_option
+@entry_option
 @out_option
-def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> None:
+def export(file: Path, layout: str, backbone: str | None, entry: str | None, out: Path | None) -> None:
     """Write FILE in a public layout: a .pt, a .ckpt, a .bin, or a folder of diffusers."""
     from harness.errors import UserError
     from harness.registry import unknown
@@ -74,7 +83,7 @@ def export(file: Path, layout: str, backbone: str | None, out: Path | None) -> N
 
     if layout not in (known := layout_names()):
         raise UserError(unknown("format", layout, known))
-    click.echo(f"{export_file(file, layout, out, backbone)}: {layout}")
+    click.echo(f"{export_file(file, layout, out, backbone, entry)}: {layout}")
 
 
 def description_lines(document: dict[str, Any]) -> list[str]:
@@ -94,6 +103,10 @@ def description_lines(document: dict[str, Any]) -> list[str]:
         ("backbone", f"{document['backbone'] or 'unknown'}{settings}"),
         ("holds", f"{document['tensors']:,} tensors ({dtypes}); {document['values']:,} values of the network"),
     ]
+    if document["entry"]:
+        rows.append(("entry", document["entry"]))
+    if document["other_entries"]:
+        rows.append(("or --entry", _few(document["other_entries"])))
     if document["beside"]:
         rows.append(("beside it", _few([f"{part} ({count})" for part, count in document["beside"].items()])))
     if document["also_holds"]:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from harness.errors import RunError, UserError
+from harness.errors import RunError, UserError, one_line
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
 NORMS = (nnx.LayerNorm, nnx.GroupNorm, nnx.BatchNorm, nnx.InstanceNorm, nnx.RMSNorm)
@@ -167,7 +167,13 @@ def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Mod
         with _marking_calls(network):
             return network(*inputs)
 
-    jaxpr, out = jax.make_jaxpr(forward, return_shape=True)(state, *example_inputs(spec, arguments))
+    inputs = example_inputs(spec, arguments)
+    try:
+        jaxpr, out = jax.make_jaxpr(forward, return_shape=True)(state, *inputs)
+    except (UserError, RunError):
+        raise
+    except Exception as error:  # other people's code can raise anything
+        raise UserError(f"backbone {spec.name!r}: its network failed on one image: {one_line(error)}") from error
     return jaxpr, net, out
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.compute.meta_torch import FusedAttention, build_on_meta, example_inputs, neutral_state
-from harness.errors import RunError
+from harness.errors import RunError, UserError, one_line
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
 
@@ -154,8 +154,13 @@ def trace(spec: BackboneSpec, **overrides: object) -> Compute:
         net = build_on_meta(spec, overrides).eval()
         inputs = example_inputs(spec, arguments)
         counter = OperatorCounter(spec.name, spec.uncounted_norms)
-        with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
-            net(*inputs)
+        try:
+            with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
+                net(*inputs)
+        except (UserError, RunError):
+            raise
+        except Exception as error:  # other people's code can raise anything
+            raise UserError(f"backbone {spec.name!r}: its network failed on one image: {one_line(error)}") from error
     params = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return Compute(params=params, rows=tuple(counter.rows), source="traced")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from harness.diffusion.processes import Coefficients, Process
-from harness.diffusion.respacing import space_timesteps
+from harness.diffusion.respacing import WHOLE_STRIDE, respacing, space_timesteps
 from harness.diffusion.schedule import Schedule
 from harness.errors import UserError, shown
 from harness.registry import unknown
@@ -69,8 +69,10 @@ def discrete_grid(schedule: Schedule, steps: int | str, kind: str = "respaced") 
 
     kind: a key of DISCRETE_GRIDS. Raises UserError for an unknown kind and for steps that do not fit.
     """
+    if isinstance(steps, int) and (wanted := respacing(steps, kind)) is not None:
+        steps, kind = wanted, "respaced"
     if kind not in DISCRETE_GRIDS:
-        raise UserError(unknown("spacing of sampling timesteps", kind, [*DISCRETE_GRIDS]))
+        raise UserError(unknown("spacing of sampling timesteps", kind, [*DISCRETE_GRIDS, WHOLE_STRIDE, "10:10:20"]))
     timesteps = DISCRETE_GRIDS[kind](schedule, steps)
     if len(np.unique(timesteps)) != len(timesteps):
         raise UserError(

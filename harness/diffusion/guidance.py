@@ -52,6 +52,14 @@ def read_guidance(value: Any) -> Guidance:
     return Guidance(scale, interval_text(low, high))
 
 
+def below_one(scale: float) -> str:
+    """Why a scale of guidance below 1 is refused, for messages."""
+    return (
+        f"guidance scale {scale:g} is below 1; 1 samples with the labels and without guidance, larger scales guide, and "
+        "smaller ones (0: without labels) are not supported"
+    )
+
+
 def read_interval(text: str) -> tuple[float, float]:
     """(low, high) of LOW-HIGH; an end that is left out is 0 or infinity. Raises ValueError for other text."""
     ends = re.fullmatch(rf"\s*({_NUMBER})?\s*-\s*({_NUMBER})?\s*", text)

@@ -54,6 +54,11 @@ class SamplerPlan:
         return len(self.table.times)
 
     @property
+    def advances(self) -> int:
+        """Progress-bar units for one batch: the rows."""
+        return self.evaluations
+
+    @property
     def learned_variance(self) -> bool:
         """Whether the network must give 2 C channels."""
         return self.table.log_variances is not None

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
-from harness.errors import UserError
+from harness.errors import UserError, shown
+
+WHOLE_STRIDE = "whole-stride"
+SECTIONS = re.compile(r"[0-9]{1,6}(:[0-9]{1,6})+")  # counts of steps, joined by colons
 
 
 def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
@@ -36,6 +41,24 @@ def space_timesteps(original_steps: int, spacing: int | str) -> np.ndarray:
     return np.array(timesteps, dtype=np.int64)
 
 
+def respacing(steps: int, spacing: str) -> int | str | None:
+    """The spacing of `space_timesteps` for sampler steps and a --spacing; None for one of another kind.
+
+    spacing: "" or "respaced"; "whole-stride", which is guided-diffusion's ddimN; or counts of steps for equal sections of
+    the timesteps, as in "10:10:20". UserError for counts whose sum is not `steps`.
+    """
+    if spacing in ("", "respaced"):
+        return steps
+    if spacing == WHOLE_STRIDE:
+        return f"ddim{steps}"
+    if not SECTIONS.fullmatch(spacing):
+        return None
+    total = sum(map(int, spacing.split(":")))
+    if total != steps:
+        raise UserError(f"the spacing {shown(spacing)} has {total} steps, not {steps}: give --sampling-steps {total}")
+    return spacing.replace(":", ",")
+
+
 def _whole_stride(original_steps: int, count: int, text: str) -> np.ndarray:
     """The `count` timesteps 0, c, 2c, ... of the smallest integer stride c that gives so many. text: for the error."""
     for stride in range(1, original_steps + 1):
@@ -44,7 +67,7 @@ def _whole_stride(original_steps: int, count: int, text: str) -> np.ndarray:
             return timesteps
     raise UserError(
         f"sampling steps {text!r} do not fit: no whole stride takes {count} of {original_steps} timesteps; "
-        f"give {count} without 'ddim' for rounded strides"
+        f"for rounded strides give {count} without 'ddim', or without the spacing {WHOLE_STRIDE}"
     )
 
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from harness import registry
 from harness.diffusion.guidance import Guidance, read_interval
-from harness.errors import UserError
+from harness.errors import UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from harness.diffusion.adaptive import AdaptivePlan
     from harness.diffusion.objectives import Objective
     from harness.diffusion.plans import SamplerPlan
+    from harness.diffusion.processes import Process
     from harness.diffusion.samplers import SamplerSpec
+    from harness.diffusion.schedule import Schedule
 
-
+AnyPlan: TypeAlias = Union["SamplerPlan", "AdaptivePlan"]  # AdaptivePlan: of a sampler whose steps are its own affair
+# Network evaluations of an image, about, where an adaptive sampler's are not known but the work has to be divided.
+NOMINAL_EVALUATIONS = 100
 ROUNDING = 1e-9  # relative, of a noise level that is compared with the end of an interval
 
 
@@ -31,15 +36,20 @@ def sampler_plan(
     clip_denoised: bool = False,
     spacing: str = "",
     noise_scale: float = 1.0,
-) -> SamplerPlan:
+) -> AnyPlan:
     """The plan of `sampler` with `steps` steps. Cached, because cost estimates need the same plan many times.
 
-    diffusion_steps: length of a schedule over timesteps, of which the sampler takes some. eta: for samplers that have it.
+    sampler: a name, with values of its options or without (`harness.diffusion.samplers.read_sampler`). steps: without
+    meaning for an adaptive sampler. diffusion_steps: length of a schedule over timesteps, of which the sampler takes some.
+    eta: for samplers that have it.
     Raises UserError for an unknown name, and for a sampler, schedule, objective and steps that do not fit each other.
     """
+    from harness.diffusion.samplers import read_sampler
+
+    spec, options = read_sampler(sampler)
     # The key of the cache holds what the names stand for: a name that is registered anew gets a new plan.
     return _cached_plan(
-        registry.samplers.get(sampler), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
+        spec, tuple(options.items()), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
         clip_denoised, spacing, noise_scale,
     )  # fmt: skip
 
@@ -58,13 +68,33 @@ def guided_rows(plan: SamplerPlan, guidance: Guidance) -> np.ndarray:
     return rows
 
 
-def guided_evaluations(plan: SamplerPlan, guidance: Guidance) -> int:
-    """Network evaluations for an image: one for each row of the plan, and one more for each guided row."""
+def guided_evaluations(plan: AnyPlan, guidance: Guidance) -> int | None:
+    """Network evaluations for an image: one for each row of the plan, and one more for each guided row.
+
+    None: they are not known before sampling, because every image has its own number.
+    """
+    from harness.diffusion.adaptive import AdaptivePlan
+
+    if isinstance(plan, AdaptivePlan):
+        return None
     return plan.evaluations + int(guided_rows(plan, guidance).sum())
 
 
-def check_guided_rows(plan: SamplerPlan, guidance: Guidance) -> None:
+def not_known(sampler: str) -> UserError:
+    """The error of whatever needs the evaluations of an adaptive sampler before images are drawn."""
+    return UserError(
+        f"the network evaluations of {sampler} are not known before sampling, because every image has its own; choose a "
+        "sampler with a fixed number, such as heun"
+    )
+
+
+def check_guided_rows(plan: AnyPlan, guidance: Guidance) -> None:
     """Raise UserError where the interval of guidance holds none of the plan's rows, so that nothing would be guided."""
+    from harness.diffusion.adaptive import AdaptivePlan
+
+    if isinstance(plan, AdaptivePlan):
+        plan.segments(guidance)  # for its UserError
+        return
     if guidance.interval and not guided_rows(plan, guidance).any():
         raise UserError(
             f"guidance {guidance.short} guides none of the {plan.steps} {plan.name} steps: their noise levels sigma go from "
@@ -75,6 +105,7 @@ def check_guided_rows(plan: SamplerPlan, guidance: Guidance) -> None:
 @functools.lru_cache(maxsize=128)
 def _cached_plan(
     spec: SamplerSpec,
+    options: tuple[tuple[str, Any], ...],
     objective: Objective,
     schedule: str,
     diffusion_steps: int,
@@ -83,7 +114,7 @@ def _cached_plan(
     clip_denoised: bool,
     spacing: str,
     noise_scale: float,
-) -> SamplerPlan:
+) -> AnyPlan:
     from harness.diffusion.plans import make_plan
     from harness.diffusion.processes import Process
     from harness.diffusion.samplers import SamplerTask
@@ -91,6 +122,8 @@ def _cached_plan(
 
     process = process_named(schedule, diffusion_steps, noise_scale)
     check_fit(objective, process)
+    if spec.make is None:
+        return _adaptive_plan(spec.name, objective, process, spacing, clip_denoised)
     first, last = time_range(objective, process) if isinstance(process, Process) else (0.0, 0.0)
     task = SamplerTask(
         process=process,
@@ -100,6 +133,7 @@ def _cached_plan(
         learned_variance=objective.learned_variance,
         first=first,
         last=last,
+        options=dict(options),
     )
     return make_plan(
         spec.name,
@@ -110,3 +144,21 @@ def _cached_plan(
         eta=eta if spec.has_eta else None,
         clip_denoised=clip_denoised,
     )
+
+
+def _adaptive_plan(
+    sampler: str, objective: Objective, process: Schedule | Process, spacing: str, clip_denoised: bool
+) -> AdaptivePlan:
+    from harness.diffusion.adaptive import make_adaptive_plan
+    from harness.diffusion.processes import PROCESSES, Process
+    from harness.diffusion.training import time_range
+
+    if not isinstance(process, Process):
+        raise UserError(
+            f"the sampler {sampler} asks the network at any t, and {process.name} is a table of the timesteps that it was "
+            f"trained at: take another sampler, such as heun, or a schedule in continuous time ({', '.join(PROCESSES)})"
+        )
+    if spacing:
+        raise UserError(f"the sampler {sampler} chooses its own times: leave out the spacing {shown(spacing)}")
+    first, last = time_range(objective, process)
+    return make_adaptive_plan(sampler, objective, process, first=first, last=last, clip_denoised=clip_denoised)

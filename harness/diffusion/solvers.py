@@ -305,23 +305,32 @@ def edm_stochastic(
     return rows.table()
 
 
-def euler_maruyama(grid: Grid, diffusion: str = "sigma") -> SamplerTable:
+def euler_maruyama(grid: Grid, diffusion: str = "sigma", last: str = "mean") -> SamplerTable:
     """SiT's SDE (Ma et al. 2024, arXiv:2401.08740, eq. 5; transport.py): noise in every step but the last.
 
     dx = (v - w score) dt + sqrt(2 w) dW from noise to data, with v = dx/dt and score = -eps^ / s. diffusion: w(t), a key
-    of DIFFUSIONS. The last step, to the image, takes the mean of a step without noise ("mean" in SiT).
+    of DIFFUSIONS. last: the last step, to the image, which takes the mean of a step without noise ("mean"), the predicted
+    image ("tweedie"), or a step of the ODE dx = v dt ("euler"); "none": it is like the others, with noise. With "none",
+    SiT's num_steps counts the beginning, too, so that it makes one evaluation less.
     """
-    if diffusion not in DIFFUSIONS:
-        raise UserError(unknown("diffusion of euler-maruyama", diffusion, DIFFUSIONS))
+    for noun, name, known in (("diffusion", diffusion, DIFFUSIONS), ("last step", last, LAST_STEPS)):
+        if name not in known:
+            raise UserError(unknown(f"{noun} of euler-maruyama", name, known))
     if grid.da is None or grid.ds is None:
         raise UserError(
             "the sampler euler-maruyama needs a process in continuous time, and this one is a table of timesteps"
         )
     if len(grid) < 3:
         raise UserError(f"the sampler euler-maruyama gives noise after {len(grid)} steps: give at least 3")
+    if diffusion == "decreasing" and grid.times[0] > 1:
+        raise UserError("the diffusion decreasing of euler-maruyama needs a schedule with t in [0, 1]")
     rows = _Rows(grid)
     for k in range(len(grid)):
-        w = DIFFUSIONS[diffusion](grid, k)
+        is_last = k == len(grid) - 1
+        if is_last and last == "tweedie":
+            rows.x_from[k, D] = 1.0
+            break
+        w = 0.0 if is_last and last == "euler" else DIFFUSIONS[diffusion](grid, k)
         if not math.isfinite(w):
             raise UserError(f"the diffusion {diffusion} is infinite at t = {grid.times[k]:g}, where the grid begins")
         from_x, from_d = _slope(grid, k)
@@ -329,9 +338,12 @@ def euler_maruyama(grid: Grid, diffusion: str = "sigma") -> SamplerTable:
         from_x, from_d = from_x + w / grid.s[k] ** 2, from_d - w * grid.a[k] / grid.s[k] ** 2
         dt = grid.times[k + 1] - grid.times[k]  # negative
         rows.x_from[k, X], rows.x_from[k, D] = 1 + dt * from_x, dt * from_d
-        if k < len(grid) - 1:
+        if not is_last or last == "none":
             rows.noise_to_x[k] = math.sqrt(2 * w * -dt)
     return rows.table()
+
+
+LAST_STEPS = ("mean", "tweedie", "euler", "none")
 
 
 def _sbdm(grid: Grid, k: int) -> float:

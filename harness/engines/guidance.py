@@ -6,6 +6,7 @@ import math
 from difflib import get_close_matches
 from typing import Protocol
 
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.diffusion.plans import SamplerPlan
 from harness.errors import RunError, UserError
 
@@ -80,4 +81,12 @@ def divergence_error(plan: SamplerPlan, done: int) -> RunError:
     return RunError(
         f"sampling diverged: non-finite values after {plan.name} evaluation {done} of {plan.evaluations} "
         f"(t = {plan.table.times[done - 1]:g}); check the checkpoint, or sample in float32"
+    )
+
+
+def stuck_error(plan: AdaptivePlan, t: float) -> RunError:
+    """The error of an adaptive sampler whose steps became too small, at the largest `t` of an image."""
+    return RunError(
+        f"sampling diverged: {plan.name} makes no progress at t = {t:g}, where values are not finite or change too fast for "
+        "float32; check the checkpoint, or sample in float32 with a sampler of fixed steps"
     )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from harness.autoencoders.load import Decoder
     from harness.data.examples import Examples
-    from harness.diffusion.plans import SamplerPlan
+    from harness.diffusion.sampler_plan import AnyPlan
     from harness.engines.memory import Measured
     from harness.planning.request import Request
     from harness.runs.run import Run
@@ -66,8 +66,15 @@ class Sampler(Protocol):
     """Draws images of one network, or of the chain of networks of a system."""
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations for an image, those that classifier-free guidance adds included."""
+    def evaluations(self) -> int | None:
+        """Network evaluations for an image, those that classifier-free guidance adds included.
+
+        None: each image has its own number, which is in `counts` once it is drawn.
+        """
+
+    @property
+    def counts(self) -> np.ndarray:
+        """The network evaluations int64 (N,) of each image of the last `draw`, if `evaluations` is None."""
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None]) -> np.ndarray:
         """Images uint8 (N, H, W, C) of the sample indices int64 (N,) with labels int64 (N,).
@@ -121,7 +128,7 @@ class Backend(Protocol):
         request: Request,
         run: Run,
         weights: Path,  # a safetensors file
-        plan: SamplerPlan,
+        plan: AnyPlan,
         *,
         precision: str,
         batch: int,  # images of a full batch; the last one may be smaller

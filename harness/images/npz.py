@@ -170,11 +170,21 @@ def open_npz_file(path: Path) -> Iterator[NpzFile]:
             yield NpzFile(path, archive)
 
 
-def open_npz(path: Path) -> ImageSource:
-    """The images of an npz and their labels, if there are any. UserError for statistics alone and for other arrays."""
+def open_npz(path: Path, *, any_arr_1: bool = False) -> ImageSource:
+    """The images of an npz and their labels, if there are any. UserError for statistics alone and for other arrays.
+
+    any_arr_1: an arr_1 that holds no labels is left out with a note, not refused: ADM's evaluator reads arr_0 alone.
+    """
+    notes = []
     with open_npz_file(path) as file:
         header, shape = _image_header(file)
-        info, labels = file.info("arr_0"), _read_labels(file, shape[0])
+        info, labels = file.info("arr_0"), None
+        try:
+            labels = _read_labels(file, shape[0])
+        except UserError as error:
+            if not any_arr_1:
+                raise
+            notes.append(f"{error}; its images have no labels")
         extra = [printable(name) for name in file.names if name not in ("arr_0", "arr_1")]
         images: np.ndarray | None = None
         chunks: Callable[[int], Iterator[np.ndarray]] = partial(_deflated_chunks, path, header, shape)
@@ -185,7 +195,17 @@ def open_npz(path: Path) -> ImageSource:
         elif info.compress_type == zipfile.ZIP_STORED:
             stored = _StoredImages(path, info, header, shape)
             images, chunks = stored.images, stored.chunks
-    return ImageSource(str(path), shape[1:], chunks, count=shape[0], labels=labels, extra_arrays=extra, mapped=images)
+    return ImageSource(
+        str(path), shape[1:], chunks, count=shape[0], labels=labels, extra_arrays=extra, mapped=images, notes=notes
+    )
+
+
+def holds_statistics_alone(path: Path) -> bool:
+    """Whether the file at `path` is an npz of statistics (mu, sigma) without images (arr_0)."""
+    if path.suffix.lower() != ".npz" or not path.is_file():
+        return False
+    with open_npz_file(path) as file:
+        return {"mu", "sigma"} <= set(file.names) and "arr_0" not in file.names
 
 
 def open_npy(path: Path) -> ImageSource:

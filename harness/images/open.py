@@ -24,18 +24,19 @@ from harness.runs.pictures import is_picture
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
-def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
+def open_images(path: str | Path, classes: int | None = None, *, any_arr_1: bool = False) -> ImageSource:
     """The images at `path`: a file, a folder, or a pattern such as `out/shard-*.npz`.
 
     Order: that of the array in npz and npy; image files and shards sorted naturally by name (2 before 10); tar members
     as they are stored. Labels: arr_1 of an npz; class folders (see `class_labels`); .cls members of a tar.
-    classes: labels must lie in 0 .. classes - 1; None: not checked. UserError for whatever cannot be read.
+    classes: labels must lie in 0 .. classes - 1; None: not checked. any_arr_1: see `harness.images.npz.open_npz`; of a
+    single npz. UserError for whatever cannot be read.
     """
     path = Path(path)
     if path.is_dir():
         source = open_folder(path)
     elif path.is_file():
-        source = open_file(path)
+        source = open_file(path, any_arr_1=any_arr_1)
     elif any(sign in str(path) for sign in "*?["):
         shards = natural_sorted(Path(each) for each in glob.glob(str(path)))  # noqa: PTH207 (the pattern has a folder)
         source = concatenated(str(path), [open_file(each) for each in shards])
@@ -46,12 +47,12 @@ def open_images(path: str | Path, classes: int | None = None) -> ImageSource:
     return source
 
 
-def open_file(path: Path) -> ImageSource:
+def open_file(path: Path, *, any_arr_1: bool = False) -> ImageSource:
     """The images in an npz, an npy or a tar."""
     suffix = path.suffix.lower()
     with readable(path):
         if suffix == ".npz":
-            return open_npz(path)
+            return open_npz(path, any_arr_1=any_arr_1)
         if suffix == ".npy":
             return open_npy(path)
         if suffix == ".tar":

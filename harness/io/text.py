@@ -39,6 +39,21 @@ def read_counts(value: Any) -> tuple[int, ...]:
     return tuple(sorted({read_count(part.strip() if isinstance(part, str) else part) for part in parts}))
 
 
+def read_sampler_steps(value: Any) -> tuple[int, ...]:
+    """Counts as `read_counts` reads them; the ValueError for guided-diffusion's ddim25 and 10,10,20 names their flags."""
+    text = value if isinstance(value, str) else ""
+    if match := re.fullmatch(r"\s*ddim([0-9]+)\s*", text):
+        raise ValueError(f"{value!r} is --sampling-steps {match[1]} --spacing whole-stride here")
+    parts = [part.strip() for part in text.split(",")]
+    if len(set(parts)) < len(parts) and all(part.isdigit() for part in parts):
+        total, sections = sum(map(int, parts)), ":".join(parts)
+        raise ValueError(
+            f"{value!r} has a count twice, and each number gives one sample set; equal sections with these counts are "
+            f"--sampling-steps {total} --spacing {sections}"
+        )
+    return read_counts(value)
+
+
 def read_seed(value: Any) -> int:
     """A whole number from 0 to 2**63 - 1."""
     try:

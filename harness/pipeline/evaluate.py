@@ -26,8 +26,8 @@ from harness.images.spool import spooled
 from harness.io import files
 from harness.io.progress import Stages
 from harness.pipeline.evaluation_config import EvaluationConfig, make_config, open_reference, reference_images
-from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
-from harness.protocols import Protocol, get_protocol
+from harness.pipeline.sidecar import RecordFields, name_of, read_fields, samples_sha256
+from harness.protocols import NO_PROTOCOL, Protocol, get_protocol, protocol_of_files
 from harness.runs.provenance import Timing, environment, timing_of
 from harness.runs.run import open_run
 from harness.runs.samples import find_sidecar
@@ -68,7 +68,8 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     """Evaluate a sample set and write its records; if they exist, return them.
 
     If `features_weights`, statistics from `reference`, or `neighbours` are given, the samples are always measured again.
-    Without `protocol`, the protocol is that of the samples' run or sidecar, or else digits. UserError: too few samples,
+    Without `protocol`, the protocol is that of the samples' run or sidecar. If there is none either, sizes and classes
+    are those of the samples and of `reference`; without a reference, the protocol is digits. UserError: too few samples,
     shapes or labels that are not the protocol's, or samples that a guard refuses. If there are several processes, the
     main one returns the records; the others may return none.
     """
@@ -86,19 +87,23 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         identity = (find_sidecar(path) or {}).get("identity")
         named = identity.get("protocol") if isinstance(identity, dict) else None
         protocol_name = named if isinstance(named, str) else None
-    if not protocol_name and run is not None:
-        protocol = run.protocol
-    else:
-        protocol = get_protocol(protocol_name or DEFAULT_PROTOCOL)
     records = options.out or (run.records if run else default_records(path))
     files.check_output(records, "--out")
     if options.neighbours is not None:
         check_picture(options.neighbours)
     if options.reference is not None and options.data is not None:
         raise UserError("--data and --reference both set the reference images; give one of them")
-    source = open_reference(options.reference) if options.reference else None
-    if source is not None:
-        images = reference_images(source)
+    source = None if options.reference is None else open_reference(options.reference)
+    if not protocol_name and run is not None:
+        protocol = run.protocol
+    elif not protocol_name and options.reference is not None:
+        protocol = _protocol_of_files(path, source, options.reference)
+    else:
+        protocol = get_protocol(protocol_name or DEFAULT_PROTOCOL)
+    if options.reference is not None:
+        images = reference_images(source, options.reference)
+        if options.neighbours is not None and not len(images):
+            raise UserError(f"--neighbours shows images, and {options.reference} holds none, only statistics")
     elif options.data is None and run is not None and run.source_paths:  # in latents: the images that they were made of
         images = source_images(run.source_paths, run.identity["dataset_sha256"], str(run.folder))
     else:
@@ -106,7 +111,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     suite = get_suite(options.suite or protocol.suite)
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
-    samples_source = open_images(path, classes=protocol.num_classes or None)
+    samples_source = _open_samples(path, protocol)
     sources = [samples_source] if source is None else [samples_source, source]
     log_notes(sources)  # before what may refuse them
 
@@ -155,6 +160,21 @@ def log_notes(sources: Iterable[ImageSource]) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def _protocol_of_files(path: Path, reference: ImageSource | None, name: Path) -> Protocol:
+    """What ADM's evaluator takes from its two files. reference: the images of `name`; None: it has statistics alone."""
+    samples = open_images(path, any_arr_1=True)
+    labels = [each.labels for each in (samples, reference) if each is not None and each.labels is not None]
+    known = bool(labels) and all(int(each.min()) >= 0 for each in labels)  # -1 is a usual label of unlabelled images
+    classes = 1 + max(int(each.max()) for each in labels) if known else 1
+    return protocol_of_files(name_of(name.resolve()), samples.shape, classes, get_protocol(DEFAULT_PROTOCOL).suite)
+
+
+def _open_samples(path: Path, protocol: Protocol) -> ImageSource:
+    """The samples at `path`; their labels must be classes of the protocol, if it has classes."""
+    of_files = protocol.name == NO_PROTOCOL
+    return open_images(path, classes=None if of_files else protocol.num_classes or None, any_arr_1=of_files)
+
+
 def evaluate_samples_file(
     path: Path,
     protocol: Protocol,
@@ -167,10 +187,10 @@ def evaluate_samples_file(
 ) -> list[Record]:
     """Records of the sample set at `path`, evaluated with the suite of `config` against the images of `data`.
 
-    source: the samples, if they are open already. `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or
-    labels that are not the protocol's.
+    source: the samples, if they are open already. `name` is the row name of samples without a sidecar. Raises
+    `UserError` for too few samples, and for shapes or labels that are not the protocol's.
     """
-    source = source or open_images(path, classes=protocol.num_classes or None)
+    source = source or _open_samples(path, protocol)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as images:
         # the hash that `samples_sha256` gives, without reading a folder a second time
@@ -219,7 +239,7 @@ def evaluate_images(
 def _check_fit(source: ImageSource, protocol: Protocol, config: EvaluationConfig) -> None:
     """Raise `UserError` for a wrong shape, or for too few images if their number is known. Reads no image."""
     shape = (protocol.resolution, protocol.resolution, protocol.image_channels)
-    if source.shape != shape:
+    if source.shape != shape and protocol.name != NO_PROTOCOL:
         text = f"{source.name}: images are {source.shape}, but protocol {protocol.name!r} has {shape} (H, W, C)"
         raise UserError(f"{text}; sample at that size, or give the protocol of these images (resolution)")
     if source.count is not None:
@@ -245,7 +265,7 @@ def _measure(
         return []
     guard(source, data, protocol, config, about)
     samples = source.array()
-    from evaluators.reference import build_reference, with_statistics
+    from evaluators.reference import build_reference, statistics_alone, with_statistics
     from evaluators.reference_file import check_network
     from evaluators.suites import evaluate_samples
 
@@ -253,9 +273,15 @@ def _measure(
         extractor = suite.features.load(config.device, weights=config.weights)
         if config.statistics is not None:
             check_network(config.statistics, extractor)
-        reference = build_reference(data.images, extractor, cache=cache, progress=progress, sharding=config.sharding)
-        if config.statistics is not None:
-            reference = with_statistics(reference, config.statistics)
+        if len(data):
+            reference = build_reference(
+                data.images, extractor, cache=cache, progress=progress, sharding=config.sharding
+            )
+            if config.statistics is not None:
+                reference = with_statistics(reference, config.statistics)
+        else:
+            assert config.statistics is not None
+            reference = statistics_alone(config.statistics, extractor)
         measurements = evaluate_samples(
             samples, reference, suite, progress=progress, picture=config.picture, sharding=config.sharding
         )
@@ -281,7 +307,7 @@ def _measure(
             interval=measurement.interval,
             n=measurement.n,
             protocol=protocol.name,
-            protocol_version=str(protocol.version),
+            protocol_version=_version(protocol),
             resolution=protocol.resolution,
             dataset=protocol.dataset,
             evaluation=evaluation,
@@ -292,13 +318,18 @@ def _measure(
     ]
 
 
+def _version(protocol: Protocol) -> str | None:
+    """The version of the protocol, as records state it; None without a protocol."""
+    return None if protocol.name == NO_PROTOCOL else str(protocol.version)
+
+
 def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, config: EvaluationConfig) -> None:
     """Compute this process's part of the features and store it in the cache, where the main process collects it."""
     from evaluators.reference import cached_features, compute_shard, images_sha256
 
     assert config.sharding is not None
     extractor = config.suite.features.load(config.device, weights=config.weights)
-    if cached_features(data.images, images_sha256(data.images), extractor, cache) is None:
+    if len(data) and cached_features(data.images, images_sha256(data.images), extractor, cache) is None:
         compute_shard(data.images, extractor, config.sharding)
     compute_shard(source.array(), extractor, config.sharding)
 
@@ -312,17 +343,18 @@ def guard(
     context = GuardContext(
         minimum={metric.key: metric.minimum for metric in config.suite.metrics},
         names=(config.suite.name, about.system),
-        classes=protocol.num_classes,
+        classes=protocol.num_classes if protocol.num_classes > 1 or protocol.name != NO_PROTOCOL else None,
         label_policy=about.sampling.label_policy,
         reference_statistics=config.suite.reference_statistics == "expected" and config.statistics is not None,
         allow=config.allow,
     )
+    reference = None  # statistics alone
     if config.reference is not None:
         reference = collect_image_stats(config.reference)
         if reference.has_statistics and config.statistics is None:
             text = f"{reference.name} has mu and sigma, which suite {config.suite.name} does not use"
             logger.warning(f"reference-statistics: {text}: the distance is to its {reference.count} images")
-    else:
+    elif len(data):
         reference = collect_image_stats(data.images, name=f"data set {data.name}", labels=data.labels)
     enforce(check(collect_image_stats(source), reference, context))
 
@@ -376,7 +408,7 @@ def existing_records(
 
     about: from `read_fields`. reference_sha256: of the reference images; None: records of any reference match.
     """
-    measured_on = (protocol.name, str(protocol.version), protocol.dataset)
+    measured_on = (protocol.name, _version(protocol), protocol.dataset)
     measured_by = (suite.name, str(suite.version), suite.features.name)
     matching = [
         record
@@ -387,7 +419,8 @@ def existing_records(
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
         and reference_sha256 in (None, evaluation.reference_sha256)
     ]
-    if not {record.metric for record in matching} >= {metric.key for metric in suite.metrics}:
+    order = [metric.key for metric in suite.metrics]
+    if not {record.metric for record in matching} >= set(order):
         return None
-    order = [metric.key for metric in suite.metrics]  # the order of a new evaluation; other metrics come last
-    return sorted(matching, key=lambda record: order.index(record.metric) if record.metric in order else len(order))
+    # As a new evaluation gives them: in the suite's order, without metrics of other suites on the same features.
+    return sorted((each for each in matching if each.metric in order), key=lambda record: order.index(record.metric))

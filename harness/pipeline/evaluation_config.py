@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import numpy as np
 from evaluators.features import INCEPTION_BACKENDS
 from harness.data.images import ImageSet
 from harness.errors import UserError
+from harness.images.npz import holds_statistics_alone, open_npz_file
 from harness.images.open import open_images
 from harness.images.source import ImageSource
 from harness.protocols import Protocol
@@ -19,6 +21,8 @@ from harness.protocols import Protocol
 if TYPE_CHECKING:
     from evaluators.sharded_extraction import ShardedExtraction
     from evaluators.suites import Suite
+
+logger = logging.getLogger(__name__)
 
 INCEPTION_FILE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 bytes"
 
@@ -52,7 +56,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """A configuration with its reference images; images None: the images of the run's data set."""
+    """A configuration with its reference images; none for statistics alone; None: the images of the run's data set."""
 
     config: EvaluationConfig
     images: ImageSet | None
@@ -71,9 +75,11 @@ def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | N
         return None
     if weights is not None and not weights.exists():
         raise UserError(f"{suite.features.weights_option or '--inception'} {weights}: no such file")
-    source = None if reference is None else open_reference(reference)
-    config = dataclasses.replace(make_config(suite, weights, "torch", reference), reference=source)
-    return Evaluator(config=config, images=None if source is None else reference_images(source))
+    config = make_config(suite, weights, "torch", reference)
+    if reference is None:
+        return Evaluator(config=config, images=None)
+    source = open_reference(reference)
+    return Evaluator(config=dataclasses.replace(config, reference=source), images=reference_images(source, reference))
 
 
 def make_config(
@@ -110,21 +116,43 @@ def make_config(
     # A file of `harness data reference` declares the network of its statistics.
     if statistics is not None and not suite.takes_statistics(declared=read_about(statistics) is not None):
         statistics = None
+    if reference is not None and holds_statistics_alone(reference):
+        suite = _without_images(suite, reference, used=statistics is not None)
     return EvaluationConfig(suite=suite, weights=weights, statistics=statistics, device=device)
 
 
-def open_reference(path: Path) -> ImageSource:
-    """The images of a reference, marked as lossy if they were made of JPEG files."""
+def _without_images(suite: Suite, reference: Path, used: bool) -> Suite:
+    """The suite for a reference of statistics alone; a warning says which metrics are left out.
+
+    used: whether the suite uses the statistics of this file.
+    """
+    if not used:
+        text = f"{reference} holds statistics (mu, sigma) and no images, and does not say of which network"
+        raise UserError(f"{text}; suite {suite.name} needs images or a file of `harness data reference`")
+    with open_npz_file(reference) as file:
+        spatial = {"mu_s", "sigma_s"} <= set(file.names)
+    narrowed = suite.without_reference_images(spatial=spatial)
+    left_out = [metric.key for metric in suite.metrics if metric not in narrowed.metrics]
+    if left_out:
+        logger.warning(f"{reference} holds statistics and no images; left out: {', '.join(left_out)}")
+    return narrowed
+
+
+def open_reference(path: Path) -> ImageSource | None:
+    """The images of a reference, marked as lossy if they were made of JPEG files; None: it holds statistics alone."""
     from evaluators.reference_file import read_about
 
-    source, about = open_images(path), read_about(path)
+    if holds_statistics_alone(path):
+        return None
+    source, about = open_images(path, any_arr_1=True), read_about(path)
     source.lossy = source.lossy or (about is not None and about.lossy)
     return source
 
 
-def reference_images(source: ImageSource) -> ImageSet:
-    """The images of a source as a data set; all labels are 0 if the source has none."""
+def reference_images(source: ImageSource | None, path: Path) -> ImageSet:
+    """The images of a reference as a data set; all labels are 0 if it has none. Empty for statistics alone (None)."""
+    if source is None:
+        return ImageSet(name=path.stem, images=np.empty((0, 1, 1, 3), np.uint8), labels=np.empty(0, np.int64))
     images = source.array()
     labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
-    path = Path(source.name)
     return ImageSet(name=path.name if path.is_dir() else path.stem, images=images, labels=labels)

@@ -21,6 +21,7 @@ from harness import registry
 from harness.data.classes import display_name, read_classes
 from harness.diffusion.plans import SamplerPlan
 from harness.diffusion.processes import PROCESSES
+from harness.diffusion.sampler_plan import AnyPlan
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.interfaces import Sampler
 from harness.errors import UserError
@@ -54,7 +55,7 @@ class PictureJob:
     names: tuple[tuple[str, ...], ...]
     grid: GridSize
     trajectory: bool
-    plans: tuple[tuple[str, SamplerPlan | None], ...]
+    plans: tuple[tuple[str, AnyPlan | None], ...]
     caption: tuple[str, ...]
     batch: int
 
@@ -121,6 +122,10 @@ def draw_pictures(
     for name, plan in job.plans if strips else ():
         if plan is None:
             raise UserError(f"--trajectory needs a sampler with steps, and {name} is a generator; leave it out")
+        if not isinstance(plan, SamplerPlan):
+            raise UserError(
+                f"--trajectory shows the same steps of all images, and with {plan.name} every image has its own; leave it out"
+            )
     suffixes = ("", STRIP) if strips else ("",)
     paths = [picture_path(job.folder, label, suffix) for label in job.labels for suffix in suffixes]
     # The main process decides: another machine may see the folder differently.
@@ -137,7 +142,7 @@ def draw_pictures(
     if wanted:
         sampler = make_sampler()
         local = group.local_part(range(len(wanted)))
-        steps = sum(1 if plan is None else plan.evaluations for _, plan in job.plans)
+        steps = sum(1 if plan is None else plan.advances for _, plan in job.plans)
         batches = -(-job.count // job.batch)
         with Bar("pictures", len(local) * batches * steps, "steps") as bar:
             for number in local:
@@ -202,11 +207,11 @@ def _draw_class(
         write_sidecar(path, job.identity, {**facts, "columns": headings, "rows": [row for row, _ in columns]})
 
 
-def _columns(plans: Sequence[tuple[str, SamplerPlan | None]]) -> list[tuple[int, str]]:
+def _columns(plans: Sequence[tuple[str, AnyPlan | None]]) -> list[tuple[int, str]]:
     """(row, heading) of at most STRIP_COLUMNS rows of the plans, counted through all of them, evenly chosen with both ends."""
     rows = []
     for name, plan in plans:
-        assert plan is not None  # `draw_pictures` has refused generators
+        assert isinstance(plan, SamplerPlan)  # `draw_pictures` has refused others
         process = PROCESSES.get(plan.schedule)
         symbol = "t" if process is None or process.is_bounded else "sigma"
         prefix = f"{name}: " if len(plans) > 1 else ""

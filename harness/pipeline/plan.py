@@ -24,7 +24,7 @@ def plan(options: PlanOptions) -> Plan:
     if options.backbone is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     request = request_from(options)
-    return with_measurement(make_plan(request, check_decoder=True), request, options)
+    return with_measurement(make_plan(request, check_files=True), request, options)
 
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:
@@ -56,8 +56,9 @@ def measured_cost(request: Request, measured: Measured) -> MeasuredCost:
         image_seconds = measured.compiled_seconds
     forward_seconds = image_seconds / TRAINING_FACTOR
     sampler_steps = request.sampling.steps if request.spec.kind == "denoiser" else ()
-    # of one image in each of the sample sets, in sum
-    forward_passes = sum(request.gflops_image(steps) for steps in sampler_steps) / request.compute.gflops
+    # of one image in each of the sample sets, in sum; 0 if that is not known, and then no time of sampling is stated
+    costs = [request.gflops_image(steps) for steps in sampler_steps]
+    forward_passes = 0.0 if None in costs else sum(cost for cost in costs if cost is not None) / request.compute.gflops
     return MeasuredCost(
         device=resolved.device_name,
         precision=resolved.precision,

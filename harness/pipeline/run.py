@@ -78,7 +78,7 @@ def run(options: RunOptions) -> RunResult:
         decoder = decoder_of(session, options.decoder, options.device)
         images = None
         if evaluator is not None:
-            images = evaluator.images or training_images(session)
+            images = training_images(session) if evaluator.images is None else evaluator.images
         run = session.begin(options)
         for step in milestones:
             session.train(step)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.autoencoders.load import Decoder, load_autoencoder
-from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.sampler_plan import AnyPlan
+from harness.diffusion.samplers import is_adaptive
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
@@ -67,7 +68,7 @@ def sample(options: SampleOptions) -> SampleResult:
 
 def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
     """Sample the run in `folder`; one samples.npz for each number of sampler steps, or the pictures of --classes."""
-    for name in ("weights", "framework", "device", "out"):
+    for name in ("weights", "entry", "framework", "device", "out"):
         if getattr(options, name):
             raise UserError(f"--{name} belongs to --system; a run has its own")
     run = open_run(folder)
@@ -129,7 +130,7 @@ def _sample_system(options: SampleOptions) -> list[Path]:
     framework = options.framework or "torch"
     group = join_processes(framework)
     weights = {part: Path(path) for part, path in options.weights.items()}  # --weights gives the paths as text
-    loaded = load_parts(system, weights)
+    loaded = load_parts(system, weights, options.entry)
     # All are made before the first is sampled, so that invalid steps are refused at once.
     loaded_systems = (
         [with_steps(loaded, steps) for steps in options.sampling_steps] if options.sampling_steps else [loaded]
@@ -167,8 +168,6 @@ def _pictures_of_run(
     group: ProcessGroup,
 ) -> list[Path]:
     """The pictures of --classes; arguments as of `sample_run`."""
-    if request.sampling.ema_width:
-        raise UserError("pictures of --classes are drawn from the EMA with one decay; leave out --ema-width")
     protocol, grid = run.protocol, options.grid or DEFAULT_GRID
     arguments = request.spec.arguments(**request.arguments)
     labels, names = labels_of_classes(
@@ -176,7 +175,7 @@ def _pictures_of_run(
     )
     count = grid.rows * grid.columns
     wanted = sample_request(
-        run, step, request.sampling, steps, count, gflops_image=request.gflops_image(steps),
+        run, step, request.sampling, steps, count, gflops_image=request.estimated_gflops_image(steps),
         precision=options.sampling_precision, batch=options.batch, compile=options.compile,
         decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
@@ -185,6 +184,8 @@ def _pictures_of_run(
     identity = with_grid(wanted.identity(run), grid)
     plan = plan_of(run.recipe, request.sampling, steps)
     name = f"step{step}-{wanted.short_settings}-{grid}-{files.sha256_json(identity)[:8]}"
+    width = wanted.sampling.ema_width
+    average = f", EMA width {width:g}" if width else ""
     job = PictureJob(
         folder=run.folder / "pictures" / name,
         identity=identity,
@@ -194,15 +195,15 @@ def _pictures_of_run(
         trajectory=options.trajectory,
         plans=((run.backbone, plan),),
         caption=(
-            f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps.",
-            f"Classifier-free guidance scale = {wanted.sampling.guidance.short}. Sampler: {wanted.sampling.sampler}, "
-            f"{steps} steps.",
+            f"Uncurated {protocol.resolution}x{protocol.resolution} samples of {run.backbone} after {step:,} training steps{average}.",
+            f"Classifier-free guidance scale = {wanted.sampling.guidance.short}. Sampler: {wanted.sampling.sampler}"
+            + ("." if is_adaptive(wanted.sampling.sampler) else f", {steps} steps."),
         ),
         batch=wanted.batch,
     )
 
     def make() -> Sampler:
-        return _sampler_of(run, request, wanted, checkpoint.part("ema"), plan, decoder)
+        return _sampler_of_average(run, request, wanted, checkpoint, plan, decoder, job.folder, group)
 
     description = {"environment": environment(run.resolved.device_name)}
     return draw_pictures(job, make, description, device=lambda: device_of(run, group), group=group)
@@ -279,7 +280,7 @@ def sample_run(
     """
     assert (decoder is None) == (run.protocol.space != "latents")
     wanted = sample_request(
-        run, step, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
+        run, step, request.sampling, steps, request.samples, gflops_image=request.estimated_gflops_image(steps),
         precision=precision, batch=batch, compile=compile, decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
     checkpoint = checkpoints.verify(run.ema_checkpoint(step))
@@ -303,30 +304,13 @@ def sample_run(
         labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
         image=(protocol.resolution, protocol.resolution, protocol.image_channels),
         batch=wanted.batch,
-        steps=plan_of(run.recipe, request.sampling, steps).evaluations,
-        title=f"sample {wanted.sampling.sampler}-{steps}",
+        steps=plan_of(run.recipe, request.sampling, steps).advances,
+        title=f"sample {wanted.sampling.sampler}" + ("" if is_adaptive(wanted.sampling.sampler) else f"-{steps}"),
     )
 
-    def make_from(weights: Path) -> Sampler:
-        plan = plan_of(run.recipe, request.sampling, steps)
-        return _sampler_of(run, request, wanted, weights, plan, decoder)
-
     def make() -> Sampler:
-        width, base = request.sampling.ema_width, checkpoint.part("ema")
-        if not width:
-            return make_from(base)
-        # Written for the samplers of all processes to read, and not kept: the saved averages give it again.
-        weights = job.folder / f"weights{files.PARTIAL}"
-        if group.is_main:
-            write_reconstruction(plan_reconstruction(run, step, width, checkpoint.sha256("ema")), base, weights)
-        group.barrier("the EMA weights are reconstructed")
-        try:
-            sampler = make_from(weights)
-            group.barrier("the EMA weights are read")
-        finally:
-            if group.is_main:
-                weights.unlink(missing_ok=True)
-        return sampler
+        plan = plan_of(run.recipe, request.sampling, steps)
+        return _sampler_of_average(run, request, wanted, checkpoint, plan, decoder, job.folder, group)
 
     description = {
         "environment": environment(run.resolved.device_name),
@@ -343,7 +327,7 @@ def _sampler_of(
     request: Request,
     wanted: SampleRequest,
     weights: Path,  # a safetensors file
-    plan: SamplerPlan,
+    plan: AnyPlan,
     decoder: Decoder | None,
 ) -> Sampler:
     """The sampler of a run's network."""
@@ -357,3 +341,33 @@ def _sampler_of(
         compile=wanted.compile,
         decoder=decoder,
     )
+
+
+def _sampler_of_average(
+    run: Run,
+    request: Request,
+    wanted: SampleRequest,
+    checkpoint: checkpoints.Checkpoint,
+    plan: AnyPlan,
+    decoder: Decoder | None,
+    folder: Path,  # of what is sampled
+    group: ProcessGroup,
+) -> Sampler:
+    """The sampler of a run's network with the average of its weights that is wanted, reconstructed for an `ema_width`."""
+    width, base = wanted.sampling.ema_width, checkpoint.part("ema")
+    if not width:
+        return _sampler_of(run, request, wanted, base, plan, decoder)
+    # Written for the samplers of all processes to read, and not kept: the saved averages give it again.
+    weights = folder / f"weights{files.PARTIAL}"
+    if group.is_main:
+        with files.explained(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        write_reconstruction(plan_reconstruction(run, wanted.step, width, checkpoint.sha256("ema")), base, weights)
+    group.barrier("the EMA weights are reconstructed")
+    try:
+        sampler = _sampler_of(run, request, wanted, weights, plan, decoder)
+        group.barrier("the EMA weights are read")
+    finally:
+        if group.is_main:
+            weights.unlink(missing_ok=True)
+    return sampler

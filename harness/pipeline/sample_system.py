@@ -50,8 +50,7 @@ def sample_system(
     system = loaded.system
     protocol = get_protocol(system.protocol)
     device_info = _device_of(loaded, framework, device)
-    gflops_image = system.gflops_image()
-    batch = batch or default_batch(gflops_image, device_info.platform)
+    batch = batch or default_batch(system.estimated_gflops_image(), device_info.platform)
     decoder = _decoder_of(loaded, framework, device_info)
     identity = _identity(
         loaded, decoder, framework=framework, count=count, seed=seed, precision=precision, compile=compile, batch=batch
@@ -69,7 +68,7 @@ def sample_system(
             batch=batch,
             params=system.params(),
             gflops=system.gflops_forward(),
-            gflops_image=gflops_image,
+            gflops_image=system.gflops_image(),
             evaluations=system.evaluations,
             decoder=None if decoder is None else decoder.identity,
             decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
@@ -107,7 +106,7 @@ def pictures_of_system(
     engine = get_backend(framework)
     device_info = _device_of(loaded, framework, options.device)
     count = grid.rows * grid.columns
-    batch = min(options.batch or default_batch(system.gflops_image(), device_info.platform), count)
+    batch = min(options.batch or default_batch(system.estimated_gflops_image(), device_info.platform), count)
     decoder = _decoder_of(loaded, framework, device_info)
     settings: dict[str, Any] = {
         "seed": options.sampling_seed or 0,
@@ -117,7 +116,11 @@ def pictures_of_system(
     }
     identity = with_grid(_identity(loaded, decoder, framework=framework, count=count, **settings), grid)
     component_names = [name for name in system.parts if name != "classifier"]
-    samplers = ", ".join(f"{part.sampler}, {part.steps} steps" for part in system.components if _has_plan(part))
+    samplers = ", ".join(
+        part.sampler if part.is_adaptive else f"{part.sampler}, {part.steps} steps"
+        for part in system.components
+        if _has_plan(part)
+    )
     base = system.base
     assert base is not None  # `load_parts` has refused a system without one
     job = PictureJob(
@@ -207,8 +210,10 @@ def _identity(
 
 def _description(loaded: LoadedSystem, device_info: DeviceInfo) -> dict[str, Any]:
     """Items of a sidecar that decide nothing."""
+    entries = {name: source.entry for name, source in loaded.sources.items() if source.entry}
     return {
         "weights": {name: str(source.path) for name, source in loaded.sources.items()},
+        **({"entries": entries} if entries else {}),
         "environment": environment(device_info.name),
     }
 

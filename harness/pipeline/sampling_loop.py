@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from harness.diffusion.adaptive import mean_and_largest
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.interfaces import Sampler
 from harness.errors import UserError
@@ -35,7 +36,7 @@ class Job:
     labels: np.ndarray  # int64 (N,)
     image: tuple[int, int, int]  # (H, W, C)
     batch: int
-    steps: int  # calls of `advance` for each batch
+    steps: int  # calls of `advance` for each batch; of an adaptive sampler, the units of its progress
     title: str  # of the progress bar
 
 
@@ -76,16 +77,26 @@ def run_job(
         for start in missing:
             index = np.arange(start, min(start + job.batch, count), dtype=np.int64)
             advance = functools.partial(bar.advance, 1, f"image {start + len(index)} of {count}")
-            _save_shard(_shard_path(shards_folder, start), sampler.draw(index, job.labels[index], advance))
+            images = sampler.draw(index, job.labels[index], advance)
+            if sampler.evaluations is None:  # first, so that a shard that is there has its counts
+                _save_array(_counts_path(shards_folder, start), sampler.counts)
+            _save_array(_shard_path(shards_folder, start), images)
     group.barrier("all shards are sampled")
     resumed = group.all_max(int(len(missing) < len(local_starts)))
     seconds = None if resumed else time.monotonic() - begin  # None: the time for the earlier shards is not known
     if group.is_main:
+        record = job.record
+        evaluations: dict[str, float | None] = {"evaluations": sampler.evaluations}
+        if sampler.evaluations is None:
+            counts = [np.load(_counts_path(shards_folder, start), allow_pickle=False) for start in starts]
+            mean, largest = mean_and_largest(np.concatenate(counts))
+            record = record.with_evaluations(mean, largest)
+            evaluations = {"evaluations_mean": mean, "evaluations_max": largest}
         data = {
             "schema": SCHEMA,
             "identity": job.identity,
-            "record": job.record.as_dict(),
-            "evaluations": sampler.evaluations,
+            "record": record.as_dict(),
+            **evaluations,
             **description,
             "drawn": {"device": device(), "seconds": seconds},
         }
@@ -123,12 +134,17 @@ def _shard_path(folder: Path, start: int) -> Path:
     return folder / f"shard-{start:08d}.npy"
 
 
-def _save_shard(path: Path, images: np.ndarray) -> None:
-    """Write a shard atomically: under another name first, which is renamed when it is complete."""
+def _counts_path(folder: Path, start: int) -> Path:
+    """The network evaluations of each image of a shard, int64 (n,), where every image has its own number."""
+    return folder / f"evaluations-{start:08d}.npy"
+
+
+def _save_array(path: Path, array: np.ndarray) -> None:
+    """Write a shard, or its counts, atomically: under another name first, which is renamed when it is complete."""
     partial = path.with_name(path.name + files.PARTIAL)
     with files.explained(path):
         with partial.open("wb") as file:
-            np.save(file, images, allow_pickle=False)
+            np.save(file, array, allow_pickle=False)
         files.sync_file(partial)
         partial.replace(path)
 

@@ -16,12 +16,13 @@ from typing import Any
 
 from harness import protocols
 from harness.compute import TRAINING_FACTOR
+from harness.diffusion.samplers import has_eta
 from harness.errors import UserError, shown
 from harness.images.open import open_images
 from harness.images.source import printable
 from harness.io import files
 from harness.runs.run import Resolved, recipe_identity
-from harness.runs.sample_set import SampleRequest, has_eta
+from harness.runs.sample_set import SampleRequest
 from harness.runs.samples import find_sidecar, sidecar_path
 from harness.systems.binding import Source
 from harness.systems.spec import System
@@ -64,6 +65,14 @@ class RecordFields:
             "sampling": Sampling(**data["sampling"]),
         }
         return cls(**{**data, **nested})
+
+    def with_evaluations(self, mean: float, largest: int) -> RecordFields:
+        """A copy with the network evaluations of an image, counted in sampling, and the Gflops that follow from the mean."""
+        assert self.gflops is not None
+        sampling = dataclasses.replace(
+            self.sampling, evaluations_mean=mean, evaluations_max=largest, gflops_per_image=self.gflops * mean
+        )
+        return dataclasses.replace(self, sampling=sampling)
 
     def with_samples(self, sha256: str, name: str | None = None) -> RecordFields:
         """A copy with the hash of the samples and, if given, with `name` as the row name."""
@@ -127,7 +136,7 @@ def fields_of_run(
     params: int,
     gflops: float,  # of a forward pass
     gflops_published_input: float | None,
-    evaluations: int,
+    evaluations: int | None,  # None: not known before sampling, as for an adaptive sampler
     decoder_gflops: float | None,  # of an image; None: nothing to decode
 ) -> RecordFields:
     """The record fields of a sample set of a run."""
@@ -151,7 +160,7 @@ def fields_of_run(
         ),
         sampling=Sampling(
             sampler=sampling.sampler,
-            steps=sample_set.steps,
+            steps=None if evaluations is None else sample_set.steps,
             evaluations=evaluations,
             eta=sample_set.eta,
             spacing=sampling.spacing or None,
@@ -159,7 +168,7 @@ def fields_of_run(
             guidance_scale=sampling.guidance_scale,
             guidance_interval=sampling.guidance_interval or None,
             guidance_channels=sample_set.guidance_channels,
-            gflops_per_image=gflops * evaluations,
+            gflops_per_image=None if evaluations is None else gflops * evaluations,
             decoder=None if decoder is None else decoder["name"],
             decoder_gflops=decoder_gflops,
             uint8_rule=sampling.uint8_rule,
@@ -184,8 +193,8 @@ def fields_of_system(
     batch: int,
     params: int,
     gflops: float,  # one forward pass of each network except the classifier, in sum
-    gflops_image: float,
-    evaluations: int,
+    gflops_image: float | None,
+    evaluations: int | None,  # this and gflops_image are None where they are not known before sampling
     decoder: Mapping[str, Any] | None,  # its identity; None: nothing to decode
     decoder_gflops: float | None,
 ) -> RecordFields:
@@ -205,7 +214,7 @@ def fields_of_system(
         training=_training_of_parts(system, sources),
         sampling=Sampling(
             sampler=None if generator else base.sampler,
-            steps=None if generator else base.steps,
+            steps=None if generator or evaluations is None else base.steps,
             evaluations=evaluations,
             eta=None if generator or not has_eta(base.sampler) else base.eta,
             guidance_scale=scale,

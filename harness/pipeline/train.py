@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness import registry
 from harness.data.examples import Examples
 from harness.data.load import check_labels, training_data
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
@@ -33,6 +34,8 @@ from harness.runs.run import RUNS_FOLDER, Resolved, Run, create_run, find_run, i
 from harness.settings import DEFAULT_PROTOCOL, RunOptions, TrainOptions, frozen_settings, keyword_options
 
 logger = logging.getLogger(__name__)
+
+QUICKLY_CHECKED = 50_000_000  # parameters, at most, of a network that is checked before it is trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,7 @@ class RunSession:
         Raises `UserError` if `options` give a frozen setting another value than the run has.
         """
         if self.run is None:
+            self._check_network()
             measured = self.measure(
                 device=options.device,
                 precision=options.precision,
@@ -180,6 +184,21 @@ class RunSession:
             f"  run         {run.folder}  ({resolved.precision}, micro-batches of {resolved.micro_batch}, {resolved.device})"
         )
         return run
+
+    def _check_network(self) -> None:
+        """Raise `UserError` if a network that is not built in fails one of the quick checks of `harness check`.
+
+        Networks of more than QUICKLY_CHECKED parameters are not checked, because they would be built once more.
+        """
+        request, spec = self.request, self.request.spec
+        if registry.backbones.owner(spec.name) == registry.OWN_DISTRIBUTION:
+            return
+        if spec.null_label is None and request.recipe.label_dropout and spec.kind in ("denoiser", "upsampler"):
+            logger.info(f"note     {spec.name} has no null label, so labels are not dropped in training")
+        if request.compute.params <= QUICKLY_CHECKED:
+            from harness.conformance.suite import check_quickly
+
+            check_quickly(spec, request.framework, request.arguments)
 
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from harness.diffusion.sampler_plan import not_known
 from harness.errors import UserError
 from harness.protocols import get_protocol
 from harness.registry import systems
@@ -141,10 +142,13 @@ def sampling_row(system: System) -> dict[str, Any]:
     if system.unavailable:
         raise UserError(f"system {system.name!r} cannot be counted: {system.unavailable}")
     steps = [part.advances for part in system.components]
+    if system.is_adaptive:
+        raise UserError(f"system {system.name!r} cannot be counted: {not_known(system.components[0].sampler)}")
     unguided = sum(part.compute().gflops * part.evaluations for part in system.components)
     resolution = get_protocol(system.protocol).resolution
     decode = decoder_compute(system.decoder, resolution).gflops if system.decoder else 0.0
     total = system.gflops_image()
+    assert total is not None
     return {
         "name": system.name,
         "backbone": system.backbone,

@@ -18,7 +18,8 @@ from typing import Any
 
 from harness import registry
 from harness.compute import TRAINING_FACTOR
-from harness.diffusion.sampler_plan import guided_evaluations
+from harness.diffusion.sampler_plan import guided_evaluations, not_known
+from harness.diffusion.samplers import is_adaptive
 from harness.errors import UserError
 from harness.planning.reference import Reference
 from harness.planning.request import Match, Request, check_guidance_interval, check_plans, make_request, plan_of
@@ -127,6 +128,8 @@ def match_sampling(request: Request, reference: Reference) -> Request:
     Raises `UserError`, which names the nearest possible steps, if matched steps are 0 or more than the diffusion has.
     """
     name, recipe, flag = request.spec.name, request.recipe, f"--match-sampling {reference.backbone}"
+    if is_adaptive(request.sampling.sampler):
+        raise UserError(f"{flag}: {not_known(request.sampling.sampler)}")
     other = _reference_spec(reference, flag)
     if reference.guidance_scale != 1 and other.null_label is None:
         raise UserError(f"{flag}: it has no null label, so it cannot use classifier-free guidance; leave out @cfg")

@@ -29,13 +29,16 @@ class TrainingCost:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingCost:
-    """One sample set: its sampler settings, Gflops of one image and of all images."""
+    """One sample set: its sampler settings, Gflops of one image and of all images.
+
+    steps, gflops_per_image, gflops: None for an adaptive sampler, of which they are not known before sampling.
+    """
 
     sampler: str
-    steps: int
+    steps: int | None
     guidance_scale: float
-    gflops_per_image: float
-    gflops: float
+    gflops_per_image: float | None
+    gflops: float | None
     guidance_interval: str = ""  # of noise levels; "": guidance at all
 
     @property
@@ -105,14 +108,18 @@ class Plan:
         return data
 
 
-def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
+def make_plan(request: Request, *, check_files: bool = False) -> Plan:
     """The plan of a request, without measurements.
 
-    check_decoder: whether `missing` also says, for a run in latents, that the autoencoder that made them is gone. A run
-    finds that out itself (`harness.pipeline.sample.decoder_of`), and may have another one by --decoder.
+    check_files: whether `missing` also says what a run finds out itself when it reads its files: data that cannot be read
+    or do not fit the protocol, and, for a run in latents, that the autoencoder that made them is gone (it may have another
+    one by --decoder).
     """
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
+    reasons = missing(request)
+    if check_files:
+        reasons += [*unfit_data(request), *missing_decoder(request)]
     # A part of a system, such as an upsampler, cannot generate images alone.
     sampler_steps = sampling.steps if request.spec.kind == "denoiser" else ()
     return Plan(
@@ -126,17 +133,7 @@ def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
         training=TrainingCost(
             steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.gflops * images * TRAINING_FACTOR
         ),
-        sampling=tuple(
-            SamplingCost(
-                sampler=sampling.sampler,
-                steps=steps,
-                guidance_scale=sampling.guidance_scale,
-                gflops_per_image=request.gflops_image(steps),
-                gflops=request.gflops_image(steps) * request.samples,
-                guidance_interval=sampling.guidance_interval,
-            )
-            for steps in sampler_steps
-        ),
+        sampling=tuple(_sampling_cost(request, steps) for steps in sampler_steps),
         match=request.match,
         match_sampling=request.match_sampling,
         samples=request.samples,
@@ -144,8 +141,20 @@ def make_plan(request: Request, *, check_decoder: bool = False) -> Plan:
         + request.snapshot_bytes()
         + len(sampler_steps) * request.samples * protocol.resolution**2 * protocol.image_channels,
         recipe=dataclasses.asdict(recipe),
-        missing=(*missing(request), *(missing_decoder(request) if check_decoder else ())),
+        missing=tuple(reasons),
         missing_evaluator_files=tuple(missing_evaluator_files(protocol)),
+    )
+
+
+def _sampling_cost(request: Request, steps: int) -> SamplingCost:
+    gflops_image = request.gflops_image(steps)
+    return SamplingCost(
+        sampler=request.sampling.sampler,
+        steps=None if gflops_image is None else steps,
+        guidance_scale=request.sampling.guidance_scale,
+        gflops_per_image=gflops_image,
+        gflops=None if gflops_image is None else gflops_image * request.samples,
+        guidance_interval=request.sampling.guidance_interval,
     )
 
 
@@ -174,6 +183,34 @@ def missing(request: Request) -> list[str]:
         if unmet:
             reasons.append(f"samples: {unmet[0].key} needs at least {unmet[0].minimum} samples, not {request.samples}")
     return reasons
+
+
+def unfit_data(request: Request) -> list[str]:
+    """One sentence if the data are there, but a run would refuse them: unreadable, of another size, without labels.
+
+    The data are opened as a run opens them.
+    """
+    from harness.data.load import check_labels, training_data
+
+    protocol = request.protocol
+    if protocol.dataset not in registry.datasets:
+        return []
+    dataset = registry.datasets.get(protocol.dataset)
+    # `missing` reports that files are missing; the digits, which have none, always fit
+    if protocol.space == "latents":
+        from harness.data import latents
+
+        if latents.missing(request.data, protocol) is not None:
+            return []
+    elif dataset.missing(request.data, protocol.resolution) is not None or request.data is None and not dataset.finder:
+        return []
+    try:
+        data = training_data(protocol, request.data)
+        data.check(protocol)
+        check_labels(data, protocol.num_classes)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def missing_decoder(request: Request) -> list[str]:

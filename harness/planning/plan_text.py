@@ -28,6 +28,11 @@ def costs_text(plan: Plan) -> str:
     ]
     for row in plan.sampling:
         guidance = f", guidance {row.guidance.short}" if row.guidance_scale != 1 else ""
+        if row.gflops is None:
+            lines.append(
+                f"  sampling    {plan.samples:,} images by {row.sampler}{guidance}: Gflops are not known before sampling"
+            )
+            continue
         lines.append(
             f"  sampling    {plan.samples:,} images x {row.steps} {row.sampler} steps{guidance} = {row.gflops:.4g} Gflops"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from harness.diffusion.guidance import Guidance, read_guidance
+from harness.diffusion.guidance import Guidance, below_one, read_guidance
 from harness.io.text import COUNT_EXAMPLES, count
 
 
@@ -58,8 +58,10 @@ def parse_sampling_reference(text: object) -> Reference:
         scale = float(rest[1].removeprefix("cfg")) if len(rest) > 1 else 1.0
     except ValueError:
         raise wrong_form from None
-    if not (math.isfinite(scale) and scale >= 1):
+    if not math.isfinite(scale):
         raise ValueError(f"{text!r}: a guidance scale is a finite number of at least 1 (1: no guidance)")
+    if scale < 1:
+        raise ValueError(f"{text!r}: {below_one(scale)}")
     steps = sorted({_steps(each.strip(), text) for each in rest[0].split(",")})
     guidance = read_guidance(f"{scale}@{rest[2]}") if len(rest) == 3 else Guidance(scale)
     return Reference(

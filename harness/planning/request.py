@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
 from harness.diffusion.processes import PROCESSES
-from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
+from harness.diffusion.sampler_plan import (
+    NOMINAL_EVALUATIONS,
+    AnyPlan,
+    check_guided_rows,
+    guided_evaluations,
+    sampler_plan,
+)
+from harness.diffusion.samplers import is_adaptive
 from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
@@ -20,9 +28,7 @@ from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs.run import Run, RunSpec, build_arguments
 from harness.spec import BackboneSpec, Compute
 
-if TYPE_CHECKING:
-    from harness.diffusion.plans import SamplerPlan
-
+ADAPTIVE_STEPS = (1,)  # the `Sampling.steps` of an adaptive sampler: one sample set; the number means nothing
 CHECKPOINT_BYTES = 16  # per parameter: weight, EMA and two moments in float32
 WEIGHT_BYTES = 4  # per parameter of an average of the weights (float32)
 
@@ -73,13 +79,22 @@ class Request:
             **data.identity,
         )
 
-    def evaluations(self, sampler_steps: int) -> int:
-        """Network evaluations for one image: the rows of the sampler's plan, those with guidance counted twice."""
+    def evaluations(self, sampler_steps: int) -> int | None:
+        """Network evaluations for one image: the rows of the sampler's plan, those with guidance counted twice.
+
+        None: not known before sampling, as of an adaptive sampler.
+        """
         return guided_evaluations(plan_of(self.recipe, self.sampling, sampler_steps), self.sampling.guidance)
 
-    def gflops_image(self, sampler_steps: int) -> float:
-        """Sampling compute of one image, guidance included."""
-        return self.compute.gflops * self.evaluations(sampler_steps)
+    def gflops_image(self, sampler_steps: int) -> float | None:
+        """Sampling compute of one image, guidance included; None: not known before sampling."""
+        evaluations = self.evaluations(sampler_steps)
+        return None if evaluations is None else self.compute.gflops * evaluations
+
+    def estimated_gflops_image(self, sampler_steps: int) -> float:
+        """As `gflops_image`, and that of NOMINAL_EVALUATIONS where it is not known: to divide work, and for nothing else."""
+        gflops = self.gflops_image(sampler_steps)
+        return self.compute.gflops * NOMINAL_EVALUATIONS if gflops is None else gflops
 
 
 def make_request(
@@ -148,6 +163,13 @@ def resolve_request(
     sampling_settings = override(
         protocol.sampling, {name: value for name, value in (sampling or {}).items() if value is not None}
     )
+    if is_adaptive(sampling_settings.sampler):
+        if (sampling or {}).get("steps") not in (None, ADAPTIVE_STEPS):
+            raise UserError(
+                f"the sampler {sampling_settings.sampler} chooses its own steps, so it makes one sample set: leave out "
+                "--sampling-steps, or take a sampler with fixed steps, such as heun"
+            )
+        sampling_settings = dataclasses.replace(sampling_settings, steps=ADAPTIVE_STEPS)
     objective = registry.objectives.get(recipe.objective)
     most_steps = max(sampling_settings.steps)
     if recipe.schedule not in PROCESSES and most_steps > recipe.diffusion_steps:
@@ -194,7 +216,7 @@ def check_guidance_interval(request: Request) -> None:
         check_guided_rows(plan_of(request.recipe, request.sampling, steps), request.sampling.guidance)
 
 
-def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> SamplerPlan:
+def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> AnyPlan:
     """The sampler's plan for a network trained with `recipe`, with `steps` instead of `sampling.steps`.
 
     Raises `UserError` if sampler, schedule and steps do not fit together.

@@ -13,13 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.diffusion.guidance import Guidance, read_guidance
+from harness.diffusion.guidance import Guidance, below_one, read_guidance
+from harness.diffusion.samplers import canonical_sampler
 from harness.errors import UserError, shown
 from harness.io.text import MAX_INT, count, read_toml
 from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
 LONGEST_NAME = 100
+NO_PROTOCOL = "none"  # in records of samples that were compared with a reference without a protocol
 # Marks an item that was added after runs had been made. At its default value it is not part of a run's identity, so
 # that older runs keep their identity.
 ADDED_LATER = {"added_later": True}
@@ -96,7 +98,7 @@ class Recipe:
 class Sampling:
     """How samples are made. The defaults are the paper's scaling study (sec. 4: 250 DDPM steps, no guidance)."""
 
-    sampler: str = "ddpm"
+    sampler: str = "ddpm"  # with values of its options, as in "edm-stochastic:20:0.05"
     steps: tuple[int, ...] = (250,)  # each number gives one sample set
     eta: float = 0.0  # share of fresh noise in DDIM; ignored by DDPM
     guidance_scale: float = 1.0  # classifier-free; 1 = none
@@ -114,6 +116,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         _check_finite(self, "sampling")
+        object.__setattr__(self, "sampler", canonical_sampler(self.sampler))  # equal options have one identity
         for name, known in (
             ("guidance_channels", GUIDANCE_CHANNELS),
             ("label_policy", ("random", "balanced")),
@@ -133,9 +136,7 @@ class Sampling:
         if self.seed < 0:
             raise UserError(f"sampling: seed must not be negative, but is {self.seed}")
         if self.guidance_scale < 1:
-            raise UserError(
-                f"sampling: guidance_scale {self.guidance_scale} is below 1, which means no guidance; use 1"
-            )
+            raise UserError(f"sampling: {below_one(self.guidance_scale)}")
         if self.guidance_interval:
             try:
                 guidance = read_guidance(f"{self.guidance_scale}@{self.guidance_interval}")
@@ -208,6 +209,18 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
         sampling_data = {**sampling_data, "steps": tuple(sampling_data["steps"])}
     sampling = _fill(Sampling, sampling_data, f"{where}: [sampling]")
     return _fill(Protocol, {**data, "recipe": recipe, "sampling": sampling}, where)
+
+
+def protocol_of_files(dataset: str, shape: tuple[int, int, int], num_classes: int, suite: str) -> Protocol:
+    """What an evaluation without a protocol takes from its files: sizes and classes. It has no recipe of its own.
+
+    dataset: name of the reference. shape: (H, W, C) of the samples. num_classes: 1 if there are no labels.
+    """
+    height, _, channels = shape
+    return Protocol(
+        name=NO_PROTOCOL, dataset=dataset, resolution=height, image_channels=channels, num_classes=num_classes,
+        input_size=height, in_channels=channels, samples=1, suite=suite,
+    )  # fmt: skip
 
 
 def load(path: Path) -> Protocol:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -237,15 +237,26 @@ def identity_difference(old: dict[str, Any], new: dict[str, Any], path: str = ""
 def lock_folder(folder: Path) -> Iterator[None]:
     """Lock the folder for this process. Raises `UserError` at once if another process has locked it.
 
-    The kernel releases the lock when the process ends, however it ends.
+    The kernel releases the lock when the process ends, however it ends. What is refused in this context leaves no folder
+    behind that was not there before and holds nothing else.
     """
+    existed, lock = folder.exists(), folder / "lock"
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not files.lock(descriptor):
+        if (
+            not files.lock(descriptor) or os.fstat(descriptor).st_nlink == 0
+        ):  # 0: removed, as below, since it was opened
             raise UserError(f"another process is using {folder}; wait for it or stop it")
-        yield
+        try:
+            yield
+        except UserError:
+            if not existed and [path.name for path in folder.iterdir()] == ["lock"]:
+                with suppress(OSError):
+                    lock.unlink()
+                    folder.rmdir()
+            raise
     finally:
         os.close(descriptor)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from harness import registry
 from harness.autoencoders.files import identity_behind_latents
+from harness.diffusion.samplers import has_eta, is_adaptive, name_with_steps
 from harness.errors import UserError
 from harness.io import files
 from harness.protocols import Sampling
@@ -58,7 +58,7 @@ class SampleRequest:
         """
         settings = {
             **dataclasses.asdict(self.sampling),
-            "steps": self.steps,
+            "steps": None if is_adaptive(self.sampling.sampler) else self.steps,
             "eta": self.eta,
             "guidance_channels": self.guidance_channels,
             "precision": self.precision,
@@ -84,20 +84,14 @@ class SampleRequest:
 
     @property
     def short_settings(self) -> str:
-        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8"."""
+        """Sampler, steps and guidance for names of folders: "ddpm250", "heun10-cfg1.5@0.1-0.8", "dopri5"."""
         guidance = f"-cfg{self.sampling.guidance.short}" if self.sampling.guidance_scale != 1 else ""
-        return f"{self.sampling.sampler}{self.steps}{guidance}"
+        return f"{name_with_steps(self.sampling.sampler, self.steps)}{guidance}"
 
     def name(self, run: Run) -> str:
         """The folder's name below RUN/samples; 8 digits of the identity's hash make it unique."""
         short = files.sha256_json(self.identity(run))[:8]
         return f"step{self.step}-{self.short_settings}-n{self.count}-{short}"
-
-
-def has_eta(sampler: str) -> bool:
-    """Whether the sampler has the setting eta. True if that is not known: for a sampler that is not installed now, and
-    for one whose plug-in does not say."""
-    return sampler not in registry.samplers or getattr(registry.samplers.get(sampler), "has_eta", True)
 
 
 def sample_request(

@@ -20,7 +20,7 @@ class EvaluateOptions(Options):
     )  # fmt: skip
     protocol: str | None = setting(
         "The protocol of the samples.", read_text, metavar="NAME|FILE.toml",
-        default_text="that of the run or sidecar, else " + DEFAULT_PROTOCOL,
+        default_text=f"that of the run or sidecar, else none with --reference, else {DEFAULT_PROTOCOL}",
     )  # fmt: skip
     data: Path | None = setting(
         "Path of the protocol's data set, if it needs one.", read_path, metavar="PATH", type_name="path"

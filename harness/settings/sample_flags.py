@@ -25,6 +25,11 @@ class _SampleSource(Options):
         "(repeatable).", read_pairs("PART=PATH", "base=FILE"), {}, metavar="PART=PATH", repeat=True, type_name="part=path",
     )  # fmt: skip
 
+    entry: dict[str, str] = setting(
+        "Entry of a part's checkpoint, where several fit (repeatable).", read_pairs("PART=NAME", "base=ema"), {},
+        metavar="PART=NAME", repeat=True, default_text="a moving average before raw weights", type_name="part=name",
+    )  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleOptions(SamplingSettings, _SampleSource):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.diffusion.guidance import Guidance, read_guidance
-from harness.io.text import read_count, read_counts, read_fraction, read_number, read_seed, read_text
+from harness.io.text import read_count, read_fraction, read_number, read_sampler_steps, read_seed, read_text
 from harness.planning.reference import Reference, parse_sampling_reference
 from harness.settings.setting import Options, setting, settings_of
 from harness.settings.training_flags import PRECISIONS
@@ -17,7 +17,7 @@ class SamplingSettings(Options):
     """Settings of sample sets."""
 
     sampling_steps: tuple[int, ...] | None = setting(
-        "Sampler steps; each number gives one sample set.", read_counts, metavar="N,N,...", default_text="the protocol's",
+        "Sampler steps; each number gives one sample set.", read_sampler_steps, metavar="N,N,...", default_text="the protocol's",
         study="sampling.steps", type_name="counts", recorded="sampling.steps", footnote="sampling steps",
     )  # fmt: skip
     samples: int | None = setting(
@@ -33,8 +33,8 @@ class SamplingSettings(Options):
         recorded="sampling.eta", footnote="eta",
     )  # fmt: skip
     spacing: str | None = setting(
-        "Spacing of the times at which the network is asked: respaced, trailing, linspace, uniform, karras, log-snr or "
-        "shift:C.", read_text, metavar="NAME", default_text="the schedule's", study="sampling.spacing", item="spacing",
+        "Spacing of the times at which the network is asked: respaced, trailing, linspace, uniform, karras, log-snr, "
+        "shift:C, whole-stride (N steps as guided-diffusion's ddimN), or 10:10:20, steps of equal sections.", read_text, metavar="NAME", default_text="the schedule's", study="sampling.spacing", item="spacing",
         recorded="sampling.spacing", footnote="spacing",
     )  # fmt: skip
     ema_width: float | None = setting(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from harness import registry
 from harness.data.examples import Examples
-from harness.data.load import training_data
+from harness.data.load import check_labels, training_data
 from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 from harness.planning.matching import compute_of, nearest_count, request_from, solve_training, training_target
@@ -34,10 +34,16 @@ class StudyRun:
     options: tuple[RunOptions, ...]  # one for each guidance scale; `requests` and `commands` are in the same order
     requests: tuple[Request, ...]
     commands: tuple[tuple[str, ...], ...]  # as words of a command line
+    variant: str = ""  # name of the variant of the study; "": the study has none
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def label(self) -> str:
+        """The name for messages, with the variant, which the name of a run does not tell."""
+        return f"{self.name} ({self.variant})" if self.variant else self.name
 
     @property
     def folder(self) -> Path:
@@ -114,13 +120,15 @@ def expand(study: Study) -> Expansion:
     if reasons:
         raise UserError(f"{where}: protocol {protocol.name!r} cannot run here: {'; '.join(reasons)}")
     data = training_data(protocol, first.data)
+    data.check(protocol)
+    check_labels(data, protocol.num_classes)
     return Expansion(
         study=study, protocol=protocol, data=data,
         runs=tuple(
             StudyRun(
                 spec=requests[key][0].run_spec(data), milestones=milestones[key[:2]], options=tuple(of_run),
                 requests=tuple(requests[key]),
-                commands=tuple(_command(study, options) for options in of_run),
+                commands=tuple(_command(study, options) for options in of_run), variant=key[0],
             )
             for key, of_run in options_of.items()
         ),

@@ -117,7 +117,7 @@ class Launcher:
         slot = min(set(range(self.processes)) - {each.slot for each in self._active.values()})
         active = _Active(run=run, slot=slot, process=None)
         self._active[run.name] = active
-        waiting = f"waiting {run.name}: another process works on it"
+        waiting = f"waiting {run.label}: another process works on it"
         if is_running(self.study, run):
             logger.info(waiting)
             return
@@ -129,7 +129,7 @@ class Launcher:
         with files.explained(self.study.folder):
             failure_path(self.study, run).unlink(missing_ok=True)
         self._start(active)
-        started = f"started {run.name}  (log {log_path(self.study, run)})"
+        started = f"started {run.label}  (log {log_path(self.study, run)})"
         logger.info(waiting if active.process is None else started)
 
     def _start(self, active: _Active) -> None:
@@ -181,11 +181,11 @@ class Launcher:
             self._queued_again.add(run.name)
             return [run]
         messages = {
-            "done": f"done    {run.name} in {duration(time.monotonic() - active.began)}",
-            "failed": f"failed  {run.name}: {row.reason}  (log {row.log})",
-            "running": f"left    {run.name} to the other process",
+            "done": f"done    {run.label} in {duration(time.monotonic() - active.began)}",
+            "failed": f"failed  {run.label}: {row.reason}  (log {row.log})",
+            "running": f"left    {run.label} to the other process",
         }
-        logger.info(messages.get(row.state, f"stopped {run.name} at step {row.steps_done} of {run.steps}"))
+        logger.info(messages.get(row.state, f"stopped {run.label} at step {row.steps_done} of {run.steps}"))
         return []
 
     def _stop(self, kill: bool) -> None:

@@ -215,8 +215,8 @@ def submit(study: Expansion, settings: Mapping[str, Any], *, retry_failed: bool)
                 job = slurm_executor.submit(command_of(study, row, seconds))
             except (OSError, RuntimeError, subprocess.SubprocessError) as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
-                raise RunError(f"sbatch has refused the job of {row.run.name}: {lines[-1]}") from error
-            logger.info(f"submitted {row.run.name} as job {job.job_id}  (log {log_path(study, row.run)})")
+                raise RunError(f"sbatch has refused the job of {row.run.label}: {lines[-1]}") from error
+            logger.info(f"submitted {row.run.label} as job {job.job_id}  (log {log_path(study, row.run)})")
     return overview(study, queue(study))
 
 

@@ -94,7 +94,7 @@ def progress_of(study: Expansion, run: StudyRun, in_queue: str | None = None) ->
     else:
         state = "interrupted" if log.exists() else "to do"
     gflops = (run.steps - steps_done) * run.gflops_step
-    gflops += sum(request.gflops_image(steps) * request.samples for request, steps in missing)
+    gflops += sum(request.estimated_gflops_image(steps) * request.samples for request, steps in missing)
     unfinished = [request for request, _ in missing]
     pending = [words for request, words in zip(run.requests, run.commands, strict=True) if request in unfinished]
     return Progress(
@@ -122,7 +122,7 @@ def _complete(run: Run, request: Request, options: RunOptions, milestone: int, s
 
     try:
         expected = sample_request(
-            run, milestone, request.sampling, steps, request.samples, gflops_image=request.gflops_image(steps),
+            run, milestone, request.sampling, steps, request.samples, gflops_image=request.estimated_gflops_image(steps),
             precision=options.sampling_precision, batch=options.sampling_batch,
             decoder=None if options.decoder is None else _decoder_identity(options.decoder),
         )  # fmt: skip
@@ -195,6 +195,11 @@ class Overview:
     study: Expansion
     rows: tuple[Progress, ...]
 
+    @property
+    def has_variants(self) -> bool:
+        """Whether the study trains and samples its backbones in several ways."""
+        return any(row.run.variant for row in self.rows)
+
     def count(self, state: str) -> int:
         """The number of runs in `state`, one of STATES."""
         return sum(row.state == state for row in self.rows)
@@ -234,6 +239,7 @@ class Overview:
             "runs": [
                 {
                     "name": row.run.name,
+                    **({"variant": row.run.variant} if self.has_variants else {}),
                     "folder": str(row.run.folder),
                     "backbone": row.run.spec.backbone,
                     "seed": row.run.spec.seed,

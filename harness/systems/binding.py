@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from harness import registry
@@ -47,6 +48,8 @@ class Source:
     sha256: str
     run: dict[str, Any] | None = None  # identity of the run
     steps: int | None = None  # of its training
+    entry: str = ""  # of the file; "": the file itself
+    entry_in_identity: str = ""  # as `entry`; "" where it is the one that was always read
 
     @property
     def trained(self) -> Trained | None:
@@ -70,7 +73,12 @@ class LoadedSystem:
     def identity(self) -> dict[str, Any]:
         """What decides the images of all its sample sets, as plain data. A sample set adds its own settings."""
         weights = {
-            name: {"sha256": source.sha256, "run": source.run, "training_steps": source.steps}
+            name: {
+                "sha256": source.sha256,
+                "run": source.run,
+                "training_steps": source.steps,
+                **({"entry": source.entry_in_identity} if source.entry_in_identity else {}),
+            }
             for name, source in self.sources.items()
         }
         return {"system": self.system.as_dict(), "weights": weights}
@@ -83,12 +91,15 @@ class LoadedSystem:
         return [(part, self.sources[name]) for part, name in zip(self.system.components, names, strict=True)]
 
 
-def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
+def load_parts(
+    system: System, weights: Mapping[str, Path], entries: Mapping[str, str] = MappingProxyType({})
+) -> LoadedSystem:
     """Match `weights` (name of a part: path) to the system's parts.
 
-    If weights are a run, its backbone, arguments, objective and schedule replace the part's. Raises `UserError` for a part
-    without weights, weights without a part, a file that does not exist, and a run of another kind or number of classes.
-    The decoder's weights are optional, and are not looked at here.
+    entries: name of a part -> entry of its checkpoint, where the file has several that fit. If weights are a run, its
+    backbone, arguments, objective, schedule and noise scale replace the part's. Raises `UserError` for a part without
+    weights, weights without a part, a file that does not exist, and a run of another kind or number of classes. The
+    decoder's weights are optional, and are not looked at here.
     """
     system.check()
     names = [*system.parts, *([DECODER] if system.decoder else [])]
@@ -100,6 +111,8 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
             f"system {system.name!r} needs weights of {', '.join(missing)}: give --weights {missing[0]}=FILE "
             f"(a checkpoint of {part.backbone}, or the folder of a run)"
         )
+    if unknown := [name for name in entries if name not in system.parts]:
+        raise UserError(f"--entry {unknown[0]}: system {system.name!r} has the parts {', '.join(system.parts)}")
     sources: dict[str, Source] = {}
 
     def resolve(name: str, part: Part) -> Part:
@@ -108,9 +121,11 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
         if not path.exists():
             raise UserError(f"--weights {name}={path}: no such file or folder")
         if (path / "run.json").exists():
+            if name in entries:
+                raise UserError(f"--entry {name}={entries[name]}: {path} is a run, whose moving average is taken")
             part, sources[name] = _from_run(name, part, path)
         else:
-            sources[name] = _from_file(path)
+            sources[name] = _from_file(part, path, entries.get(name))
         return part
 
     assert system.base is not None  # system.check() has refused a system without one
@@ -127,7 +142,7 @@ def load_parts(system: System, weights: Mapping[str, Path]) -> LoadedSystem:
 
 def _notes(name: str, before: Component | GuidanceClassifier, after: Component | GuidanceClassifier) -> Iterator[str]:
     """Yields one line for each item of a part that a run has changed, for the user."""
-    for item in ("backbone", "objective", "schedule", "diffusion_steps"):
+    for item in ("backbone", "objective", "schedule", "diffusion_steps", "noise_scale"):
         old, new = getattr(before, item, None), getattr(after, item, None)  # a classifier has no objective
         if old != new:
             yield f"{name}: {item} {new}, as its run was trained; the system has {old}"
@@ -146,12 +161,13 @@ def with_steps(loaded: LoadedSystem, steps: int) -> LoadedSystem:
     return replace(loaded, system=changed)
 
 
-def _from_file(path: Path) -> Source:
-    """The weights in the file or folder `path`, hashed but not loaded."""
-    from harness.weights.files import open_weights, sha256
+def _from_file(part: Part, path: Path, entry: str | None) -> Source:
+    """The weights in the file or folder `path`, hashed but not loaded. entry: as in `load_parts`."""
+    from harness.weights.files import open_weights
+    from harness.weights.identify import markings_of
 
-    file = open_weights(path).path
-    return Source(path=file, sha256=sha256(file))
+    file = open_weights(path, entry=entry, markings=markings_of([part.spec]))
+    return Source(path=file.path, sha256=file.sha256(), entry=file.entry, entry_in_identity=file.entry_in_identity)
 
 
 def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
@@ -174,6 +190,7 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
         "arguments": build_arguments(spec, run.protocol, objective.out_channels(run.protocol.in_channels)),
         "schedule": recipe.schedule,
         "diffusion_steps": recipe.diffusion_steps,
+        "noise_scale": recipe.noise_scale,
     }
     if isinstance(part, Component):
         if part.conditioning_noise > recipe.conditioning_noise:
@@ -185,11 +202,6 @@ def _from_run(name: str, part: Part, folder: Path) -> tuple[Part, Source]:
         if part.guidance_scale != 1 and recipe.label_dropout == 0:
             raise UserError(
                 f"--weights {name}={folder}: trained without label dropout, which classifier-free guidance needs"
-            )
-        if recipe.noise_scale != 1:
-            raise UserError(
-                f"--weights {name}={folder}: it was trained with noise_scale {recipe.noise_scale:g}, which a system does not "
-                "have; sample it with --run"
             )
         changes["objective"] = recipe.objective
     checkpoint = checkpoints.verify(run.ema_checkpoint(steps))
@@ -211,9 +223,14 @@ def read_network(part: Component | GuidanceClassifier, source: Source) -> torch.
     non_persistent = {name for name, _ in net.named_buffers()} - set(net.state_dict())
     if non_persistent:  # no file holds these buffers; their values are computed only by a build outside the meta device
         net = part.spec.build("torch", **arguments)
-    provenance = load_into(net, source.path, part.spec)
+    provenance = load_into(net, source.path, part.spec, entry=source.entry or None)
     if provenance.sha256 != source.sha256:  # the hash that `load_parts` computed
         raise UserError(f"{source.path} has changed since sampling began; give the same command again")
+    if provenance.null_row_is_made and isinstance(part, Component) and part.guidance_scale != 1:
+        raise UserError(
+            f"{source.path} has no row for the null label, which guidance needs: it was trained without label dropout; "
+            "choose a system without guidance"
+        )
     for note in provenance.notes:
         logger.info("  %s", note)
     return net

@@ -34,23 +34,25 @@ def _dit(resolution: int, scale: float, decoder: str, *, suffix: str = "", row: 
     )
 
 
-def _sit(scale: float) -> System:
-    """SiT-XL/2 with its SDE sampler and classifier-free guidance of `scale` (1: none).
+def _sit(kind: str, scale: float) -> System:
+    """SiT-XL/2 with its SDE or ODE sampler and classifier-free guidance of `scale` (1: none).
 
-    willisma/SiT @947f95b, README.md and sample_ddp.py. Its network is DiT-XL/2, of whose 2C output channels C are used.
+    willisma/SiT @947f95b, README.md, sample_ddp.py and train_utils.py. Its network is DiT-XL/2, of whose 2C output channels
+    C are used. kind: "sde", or "ode": dopri5 over all of t (`harness.diffusion.adaptive` says in what it differs).
     """
+    sampler, steps = {"sde": ("euler-maruyama", "250 Euler-Maruyama steps"), "ode": ("dopri5", "adaptive dopri5")}[kind]
     guidance = f"-cfg{scale:g}" if scale != 1 else ""
     words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
     return System(
-        name=f"sit-xl-2-256-sde{guidance}",
-        summary=f"SiT-XL/2, 250 Euler-Maruyama steps, {words}, VAE ft-ema; not of the paper",
+        name=f"sit-xl-2-256-{kind}{guidance}",
+        summary=f"SiT-XL/2, {steps}, {words}, VAE ft-ema; not of the paper",
         protocol="imagenet-256",
         base=Component(
             backbone="dit-xl-2",
             arguments={"input_size": 32, "out_channels": 8},
             objective="velocity-sit",
             schedule="flow",
-            sampler="euler-maruyama",
+            sampler=sampler,
             guidance_scale=scale,
             guidance_channels="first-3",
         ),
@@ -271,8 +273,7 @@ BUILT_IN: tuple[System, ...] = (
     _stylegan(512),
     *_adm(512),
     *_dits(512),
-    _sit(1.0),
-    _sit(1.5),
+    *(_sit(kind, scale) for kind in ("sde", "ode") for scale in (1.0, 1.5)),
     *_adm_in_pixels(64),
     *_adm_in_pixels(128),
     *_adm_unconditional(),

@@ -15,8 +15,8 @@ it) and a decoder of latents; each component has its sampler, steps and guidance
     backbone = "adm-u-xs"
     conditioning_noise = 0.1
 
-Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, schedule
-and objective replace the system's.
+Weights are given when the system is sampled (`binding.py`): as files, or as the folders of runs, whose arguments, objective,
+schedule and noise scale replace the system's.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness import registry
-from harness.diffusion.guidance import Guidance, read_guidance
-from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
+from harness.diffusion.guidance import Guidance, below_one, read_guidance
+from harness.diffusion.sampler_plan import (
+    NOMINAL_EVALUATIONS,
+    AnyPlan,
+    check_guided_rows,
+    guided_evaluations,
+    not_known,
+    sampler_plan,
+)
+from harness.diffusion.samplers import canonical_sampler, is_adaptive
 from harness.errors import UserError, shown
 from harness.protocols import GUIDANCE_CHANNELS, UINT8_RULES, check_name, get_protocol
 from harness.registry import unknown
 from harness.spec import BackboneSpec, Compute
-
-if TYPE_CHECKING:
-    from harness.diffusion.plans import SamplerPlan
 
 CLASSIFIER_PASSES = 2  # of a guiding classifier: one forward, and one for the gradient with respect to the image
 
@@ -50,6 +55,7 @@ class Component:
     objective: str = "epsilon-learned-range"
     schedule: str = "linear"
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0  # factor of the noise that it was trained with, in continuous time
     sampler: str = "ddpm"
     steps: int = 250
     eta: float = 0.0
@@ -60,20 +66,33 @@ class Component:
     truncation: float = 1.0  # for a generator
     conditioning_noise: float = 0.0  # for an upsampler: std of the Gaussian noise that is added to its input image
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sampler", canonical_sampler(self.sampler))  # equal options have one identity
+
     @property
     def spec(self) -> BackboneSpec:
         """The backbone."""
         return registry.backbones.get(self.backbone)
 
     @property
-    def evaluations(self) -> int:
-        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator."""
-        return 1 if self.spec.kind == "generator" else self.plan().evaluations
+    def is_adaptive(self) -> bool:
+        """Whether the sampler chooses its own steps, so that evaluations are not known before sampling."""
+        return self.spec.kind != "generator" and is_adaptive(self.sampler)
 
     @property
     def advances(self) -> int:
         """Progress-bar units for one batch: the rows of the sampler's plan, or 1 for a generator."""
-        return self.evaluations
+        return 1 if self.spec.kind == "generator" else self.plan().advances
+
+    @property
+    def evaluations(self) -> int:
+        """Network evaluations for one image without guidance: those of the sampler's plan, or 1 for a generator.
+
+        Raises UserError if the sampler is adaptive.
+        """
+        if self.is_adaptive:
+            raise not_known(self.sampler)
+        return self.advances
 
     @property
     def guidance(self) -> Guidance:
@@ -82,18 +101,21 @@ class Component:
 
     @property
     def passes(self) -> int:
-        """Forward passes for one image, classifier-free guidance included."""
-        return 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
+        """Forward passes for one image, classifier-free guidance included. Raises UserError if the sampler is adaptive."""
+        passes = 1 if self.spec.kind == "generator" else guided_evaluations(self.plan(), self.guidance)
+        if passes is None:
+            raise not_known(self.sampler)
+        return passes
 
     def compute(self) -> Compute:
         """Compute of one forward pass on one image."""
         return self.spec.count(**self.build_arguments())
 
-    def plan(self) -> SamplerPlan:
+    def plan(self) -> AnyPlan:
         """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
-            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised,
+            objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
         )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
@@ -114,6 +136,7 @@ class GuidanceClassifier:
     arguments: dict[str, Any] = field(default_factory=dict)
     schedule: str = "linear"  # of the noise that it was trained on, which must be the base's
     diffusion_steps: int = 1000
+    noise_scale: float = 1.0
     scale: float = 1.0
 
     @property
@@ -185,16 +208,34 @@ class System:
         return () if self.base is None else (self.base, *self.upsamplers)
 
     @property
-    def evaluations(self) -> int:
-        """Forward passes of the components for one image, as in `passes`; those of a guiding classifier are not included."""
-        return sum(part.passes for part in self.components)
+    def is_adaptive(self) -> bool:
+        """Whether forward passes for an image are not known before sampling."""
+        return any(part.is_adaptive for part in self.components)
+
+    @property
+    def evaluations(self) -> int | None:
+        """Forward passes of the components for one image, as in `passes`; those of a guiding classifier are not included.
+
+        None: not known before sampling.
+        """
+        return None if self.is_adaptive else sum(part.passes for part in self.components)
 
     def gflops_forward(self) -> float:
         """Gflops of one forward pass of every component, in sum, as in the paper's Table 6."""
         return sum(part.compute().gflops for part in self.components)
 
-    def gflops_image(self) -> float:
-        """Sampling compute of one image in Gflops: with both kinds of guidance, without decoding."""
+    def estimated_gflops_image(self) -> float:
+        """As `gflops_image`, and that of NOMINAL_EVALUATIONS where it is not known: to divide work, and for nothing else."""
+        gflops = self.gflops_image()
+        return self.gflops_forward() * NOMINAL_EVALUATIONS if gflops is None else gflops
+
+    def gflops_image(self) -> float | None:
+        """Sampling compute of one image in Gflops: with both kinds of guidance, without decoding.
+
+        None: not known before sampling.
+        """
+        if self.is_adaptive:
+            return None
         total = sum(part.compute().gflops * part.passes for part in self.components)
         if self.classifier is not None and self.base is not None:
             total += self.classifier.compute().gflops * CLASSIFIER_PASSES * self.base.evaluations
@@ -209,9 +250,13 @@ class System:
         data = dataclasses.asdict(self)
         for name in ("summary", "row", "unavailable", "decoder"):
             del data[name]
-        for component in (data["base"], *data["upsamplers"]):
-            if component is not None and not component["guidance_interval"]:  # added later: older identities stay
-                del component["guidance_interval"]
+        for part in (data["base"], data["classifier"], *data["upsamplers"]):
+            for name, default in (
+                ("guidance_interval", ""),
+                ("noise_scale", 1.0),
+            ):  # added later: older identities stay
+                if part is not None and part.get(name) == default:
+                    del part[name]
         return data
 
     @classmethod
@@ -249,10 +294,15 @@ class System:
             raise UserError(f"{where}: the classifier's scale {self.classifier.scale:g} must be positive; leave it out")
         if self.classifier is not None and self.base.spec.kind == "generator":
             raise UserError(f"{where}: a generator cannot be guided by a classifier")
+        if self.is_adaptive and (self.upsamplers or self.classifier is not None):
+            raise UserError(
+                f"{where}: an adaptive sampler is for systems of one network, because the evaluations of each are counted "
+                "apart; take heun, say, or leave out the other networks"
+            )
         if self.decoder and self.upsamplers:
             raise UserError(f"{where}: upsamplers after a decoder are not supported; leave out one of them")
         if self.classifier is not None:
-            for item in ("schedule", "diffusion_steps"):
+            for item in ("schedule", "diffusion_steps", "noise_scale"):
                 of_classifier, of_base = getattr(self.classifier, item), getattr(self.base, item)
                 if of_classifier != of_base:
                     raise UserError(
@@ -318,7 +368,7 @@ def _check_generator(where: str, part: Component) -> None:
     """Raise `UserError` for a truncation out of range, and for settings that only a diffusion has."""
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
-    for name in ("eta", "guidance_scale", "guidance_interval", "conditioning_noise", "clip_denoised"):
+    for name in ("eta", "guidance_scale", "guidance_interval", "conditioning_noise", "clip_denoised", "noise_scale"):
         default = Component.__dataclass_fields__[name].default
         if getattr(part, name) != default:
             raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")
@@ -329,12 +379,15 @@ def _check_sampling(where: str, part: Component) -> None:
     arguments = part.spec.arguments(**part.arguments)
     for name, least, most in (
         ("eta", 0.0, 1.0),
-        ("guidance_scale", 1.0, math.inf),
         ("conditioning_noise", 0.0, math.inf),
     ):
         if not least <= getattr(part, name) <= most:
             limit = f"lie in {least:g} to {most:g}" if most < math.inf else f"be at least {least:g}"
             raise UserError(f"{where}: {name} {getattr(part, name):g} must {limit}")
+    if not (math.isfinite(part.guidance_scale) and part.guidance_scale >= 1):
+        raise UserError(f"{where}: {below_one(part.guidance_scale)}")
+    if not part.noise_scale > 0:
+        raise UserError(f"{where}: noise_scale {part.noise_scale:g} must be positive")
     if part.guidance_channels not in GUIDANCE_CHANNELS:
         raise UserError(f"{where}: {unknown('guidance_channels', part.guidance_channels, GUIDANCE_CHANNELS)}")
     if part.truncation != 1:
@@ -346,6 +399,8 @@ def _check_sampling(where: str, part: Component) -> None:
         raise UserError(f"{where}: {part.backbone!r} has no null label, which classifier-free guidance needs")
     if not 1 <= part.steps <= part.diffusion_steps:
         raise UserError(f"{where}: {part.steps} sampling steps do not lie in 1 to {part.diffusion_steps}")
+    if part.is_adaptive and part.steps != Component.steps:
+        raise UserError(f"{where}: {part.sampler} chooses its own steps; leave out steps, and --sampling-steps")
     plan = part.plan()  # for its UserError
     if part.guidance_interval:
         try:

@@ -22,7 +22,15 @@ from typing import IO, Any
 
 from harness.errors import UserError
 from harness.weights import pickles
-from harness.weights.objects import CONSTRUCTORS, StorageKey, escaped, foreign_symbols, resolve_tensors, storage_of
+from harness.weights.objects import (
+    CONSTRUCTORS,
+    StorageKey,
+    escaped,
+    foreign_symbols,
+    module_tensors,
+    resolve_tensors,
+    storage_of,
+)
 from harness.weights.pickles import Malformed, Unsuitable
 from harness.weights.tensors import DTYPES, MAX_AXES, Storage, Stored, raw_dtype
 
@@ -44,7 +52,7 @@ class FileContents:
     """
 
     path: Path
-    container: str  # "torch zip", "torch legacy" or "safetensors"
+    container: str  # "torch zip", "TorchScript", "torch legacy" or "safetensors"
     value: Any
     symbols: tuple[str, ...] = ()  # classes and functions that the file names, other than those of tensors
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
@@ -110,7 +118,7 @@ class _LimitedReads:
 
 
 def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
-    """torch.save since 1.6. UserError for zip files that torch.save did not write."""
+    """torch.save since 1.6, or a TorchScript archive, of which only the tensors are read. UserError for other zip files."""
     try:
         with zipfile.ZipFile(_LimitedReads(file)) as archive:
             listed = archive.infolist()
@@ -123,19 +131,24 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
     ) as error:  # fmt: skip
         raise UserError(f"{path} is damaged or cut short ({escaped(str(error))}); fetch it again") from error
     pickled = [name for name in members if name.count("/") == 1 and name.endswith("/data.pkl")]
-    if any(name.endswith("/constants.pkl") or "/code/" in name for name in members):
-        raise UserError(f"{path} is a TorchScript archive, which holds a program; use the state dict instead")
+    is_script = any(name.endswith("/constants.pkl") or "/code/" in name for name in members)
     if len(pickled) != 1:
         raise UserError(f"{path} is a zip file, but not one of torch.save; name the file inside it")
     if len(listed) != len(members):
         raise Malformed("two of its members have one name")
     # Tensors are read straight from their bytes in the file, so nothing may be compressed.
+    folder = pickled[0].removesuffix("data.pkl")
+    if is_script:  # its program, which is compressed, is not read
+        members = {
+            name: info
+            for name, info in members.items()
+            if name in (pickled[0], f"{folder}byteorder") or name.startswith(f"{folder}data/")
+        }
     if any(
         info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size for info in members.values()
     ):
         raise UserError(f"{path} was compressed after it was saved; unpack it and save it with torch.save again")
     stored = _storages(path, file, members)
-    folder = pickled[0].removesuffix("data.pkl")
     big_endian = f"{folder}byteorder" in stored and _read_small(file, stored[f"{folder}byteorder"], 16) != b"little"
     program = io.BytesIO(_read_small(file, stored[pickled[0]], LONGEST_PICKLE))
     data = f"{folder}data/"
@@ -151,8 +164,13 @@ def _open_zip(path: Path, file: IO[bytes]) -> FileContents:
         return storage
 
     reading = pickles.read(program, CONSTRUCTORS, persistent, budget)
-    value = resolve_tensors(reading.value, path, storages, big_endian)
-    return FileContents(path=path, container="torch zip", value=value, symbols=foreign_symbols(reading.symbols))
+    value = module_tensors(reading.value) if is_script else reading.value
+    return FileContents(
+        path=path,
+        container="TorchScript" if is_script else "torch zip",
+        value=resolve_tensors(value, path, storages, big_endian),
+        symbols=foreign_symbols(reading.symbols),
+    )
 
 
 def _storages(path: Path, file: IO[bytes], members: Mapping[str, zipfile.ZipInfo]) -> dict[str, Storage]:

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from harness.errors import UserError
+from harness.io import files
 from harness.io.progress import Bar
 from harness.weights.containers import escaped, open_file
+from harness.weights.entries import Entry, Marks, choose_entry, escaped_key
+from harness.weights.folders import find_file, is_index, open_parts, refuse_single_part
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored
 
-# The weight file of a folder of diffusers or Hugging Face: the first of these that exists.
-IN_FOLDER = tuple(
-    f"{folder}{name}"
-    for folder in ("", "transformer/")
-    for name in (
-        "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin", "model.safetensors", "pytorch_model.bin",
-    )
-)  # fmt: skip
 METADATA = "harness"  # key of the safetensors metadata in which an import says where it comes from
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-MAX_WRAPPERS = 8  # prefixes that are dropped from a name, at most
 LONGEST_CONFIG = 1 << 20  # characters of config.json that are read
 
 # Names that do not belong in a weight file: a file that has one was made to run something, and its tensors are not to be
@@ -99,10 +92,14 @@ Chunk = TypeVar("Chunk", bound=bytes | Sized)
 class WeightFile:
     """The weights in a file, under the names that they have there, not read yet."""
 
-    path: Path  # the file that holds the tensors
-    stat: tuple[int, ...]  # `_stat_numbers` of the file when it was opened, for `unchanged`
-    container: str  # "torch zip", "torch legacy" or "safetensors"
-    wrapping: str  # "state dict", "train.py checkpoint" or "Lightning checkpoint"
+    path: Path  # the file that holds the tensors, or the index of several
+    container: str  # "torch zip", "TorchScript", "torch legacy" or "safetensors"
+    wrapping: str  # "state dict", "train.py checkpoint", "Lightning checkpoint" or "checkpoint, entry ..."
+    entry: str = ""  # name of the entry that was read; "": the file itself
+    other_entries: tuple[str, ...] = ()  # names of further entries with such weights
+    entry_in_identity: str = ""  # as `entry`; "" for the entries that were always read, whose samples do not name them
+    files: tuple[Path, ...] = ()  # the files that hold the tensors
+    stat: tuple[tuple[int, ...], ...]  # `_stat_numbers` of the files when they were opened, for `unchanged`
     tensors: dict[str, Stored]
     symbols: tuple[str, ...]  # classes and functions that the file names, tensors' own aside; none was loaded
     other_names: tuple[str, ...] = ()  # keys of what else is in the file: optimizer state, arguments, ...
@@ -119,6 +116,21 @@ class WeightFile:
         """Those of `symbols` with a part in CODE, such as "os" in "os.system"."""
         return tuple(name for name in self.symbols if CODE.intersection(name.split(".")))
 
+    def sha256(self) -> str:
+        """SHA-256 of the file, hexadecimal; of several files, of the JSON object of their names and hashes."""
+        if len(self.files) == 1:
+            return sha256(self.files[0])
+        return files.sha256_json({each.name: sha256(each) for each in self.files})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all files."""
+        return sum(each.stat().st_size for each in self.files)
+
+    def changed(self) -> bool:
+        """Whether one of the files was written to or replaced after it was opened."""
+        return tuple(_stat_numbers(each) for each in self.files) != self.stat
+
     def refuse_code(self) -> None:
         """UserError for a file that names functions which run code when it is unpickled in the ordinary way."""
         if self.code:
@@ -128,56 +140,85 @@ class WeightFile:
             )
 
 
-def open_weights(path: Path) -> WeightFile:
+def open_weights(path: Path, *, entry: str | None = None, markings: Iterable[Marks] = ()) -> WeightFile:
     """The weights in the file `path`, or in the folder `path` of diffusers or Hugging Face.
 
-    Of a checkpoint the state dict is taken: "state_dict", else "ema", else "model". Prefixes of wrappers (WRAPPERS) are
-    dropped from all names. UserError where there are no weights.
+    Of a checkpoint that has several entries (dictionaries of tensors, or prefixes of names), a moving average is taken
+    before raw weights. entry: the one to take; None: the only one that fits. markings: marks of the networks that are
+    looked for (`entries.choose_entry`). Components of names that wrappers add are dropped. UserError where there are no
+    weights, or where several entries fit equally.
     """
-    path = _find_file(path)
-    stat = _stat_numbers(path)
-    opened = open_file(path)
-    value, wrapping = opened.value, "state dict"
-    notes: list[str] = []
+    found, notes = find_file(path, entry)
+    if found != path:  # the name may have chosen a file in the folder
+        entry = None if entry is not None and (path / entry).exists() else entry
+        path = found
+    if is_index(path):
+        opened, paths = open_parts(path)
+    else:
+        refuse_single_part(path)
+        opened, paths = None, (path,)
+    stat = tuple(_stat_numbers(each) for each in paths)
+    opened = opened or open_file(path)
+    value = opened.value
     if not isinstance(value, dict):
         raise UserError(f"{path} holds no state dict, but {_describe(value)}; save net.state_dict()")
-    # of a state dict: all that is no tensor; of a checkpoint (below): all but its state dict
-    other_names = [_escaped_key(name) for name, item in value.items() if not isinstance(item, Stored)]
-    part = next((name for name in ("state_dict", "ema", "model") if _holds_tensors(value.get(name))), None)
-    if part is not None:
-        wrapping = "Lightning checkpoint" if part == "state_dict" else "train.py checkpoint"
-        other_names.remove(part)
-        other_names += [_escaped_key(name) for name, item in value.items() if isinstance(item, Stored)]
-        value = value[part]
-        if part == "ema":
-            notes.append("the weights are its moving average ('ema')")
-        elif part == "model":
-            notes.append("it has no moving average ('ema'): the weights are the trained ones ('model')")
-    tensors: dict[str, Stored] = {}
-    for key, item in value.items():
-        if not isinstance(item, Stored):
-            continue
-        name = _escaped_key(key)
-        if name in tensors:  # of keys that are not text only the type is known here
-            raise UserError(f"{path} holds two tensors under the name {name}; save net.state_dict()")
-        tensors[name] = item
-    if not tensors:
-        raise UserError(f"{path} holds no tensors by name; save net.state_dict()")
-    if prefix := _wrapper_prefix(tensors):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        notes.append(f"the prefix {prefix!r} was dropped from every name")
+    chosen, entries = choose_entry(value, path, markings, entry)
+    if chosen.duplicate:  # of keys that are not text only the type is known here
+        raise UserError(f"{path} holds two tensors under the name {chosen.duplicate}; save net.state_dict()")
+    others = [each.name or "the file itself" for each in entries if each.name != chosen.name]
     return WeightFile(
         path=path,
+        files=paths,
         stat=stat,
         container=opened.container,
-        wrapping=wrapping,
-        tensors=tensors,
+        wrapping=_wrapping(chosen),
+        entry=chosen.name,
+        other_entries=tuple(dict.fromkeys(others)),
+        entry_in_identity="" if chosen.is_whole and chosen.keys == _former_keys(value) else chosen.name,
+        tensors=chosen.tensors,
         symbols=opened.symbols,
-        other_names=tuple(other_names),
-        notes=tuple(notes),
+        other_names=_other_names(value, chosen),
+        notes=(*notes, *_entry_notes(chosen, others), *chosen.notes),
         config=_read_config(path),
         imported=_read_import(opened.metadata),
     )
+
+
+def _wrapping(entry: Entry) -> str:
+    """How the weights are wrapped in the file, for people."""
+    if not entry.keys:
+        return "state dict"
+    if entry.keys == ("state_dict",):
+        return "Lightning checkpoint"
+    return "train.py checkpoint" if entry.keys in (("ema",), ("model",)) else f"checkpoint, entry {entry.name}"
+
+
+def _entry_notes(entry: Entry, others: Collection[str]) -> list[str]:
+    """Which entry is read, if the file has any, and which it has besides."""
+    if not entry.name:
+        return []
+    beside = f"; beside it: {', '.join(others)}" if others else ""
+    if entry.averaged:
+        return [f"the weights are its moving average ({entry.name!r}{beside})"]
+    return [f"the weights are those of the entry {entry.name!r}{beside}"]
+
+
+def _other_names(value: Mapping[Any, Any], entry: Entry) -> tuple[str, ...]:
+    """Keys of what else is in the file: of a state dict all that is no tensor, of a checkpoint all but its entry."""
+    if not entry.keys:
+        return (*(escaped_key(name) for name, item in value.items() if not isinstance(item, Stored)), *entry.beside)
+    names = [escaped_key(name) for name, item in value.items() if not isinstance(item, Stored)]
+    tensors = [escaped_key(name) for name, item in value.items() if isinstance(item, Stored)]
+    return (*(name for name in names if name != entry.keys[0]), *tensors, *entry.beside)
+
+
+def _former_keys(value: Mapping[Any, Any]) -> tuple[str, ...]:
+    """Keys of the entry that was read before there were others: identities of its samples do not name it."""
+    for name in ("state_dict", "ema", "model"):
+        item = value.get(name)
+        if isinstance(item, dict) and any(isinstance(each, Stored) for each in item.values()):
+            return (name,)
+    return ()
 
 
 @contextmanager
@@ -187,15 +228,15 @@ def unchanged(weights: WeightFile) -> Iterator[None]:
     The file is checked before and after the block.
     """
     refusal = UserError(f"{weights.path} was changed while it was read; give the same command again")
-    if _stat_numbers(weights.path) != weights.stat:
+    if weights.changed():
         raise refusal
     try:
         yield
     except UserError:  # what looks like damage may be a mixture of two files
-        if _stat_numbers(weights.path) != weights.stat:
+        if weights.changed():
             raise refusal from None
         raise
-    if _stat_numbers(weights.path) != weights.stat:
+    if weights.changed():
         raise refusal
 
 
@@ -232,39 +273,6 @@ def with_progress(title: str, chunks: Iterable[Chunk], nbytes: int) -> Iterator[
             done += len(chunk) if isinstance(chunk, bytes) else int(chunk.nbytes)
             if done // 1_000_000 > bar.done:
                 bar.advance(done // 1_000_000 - bar.done)
-
-
-def _find_file(path: Path) -> Path:
-    """The weight file in the folder `path`; any other path is returned as it is. UserError if there is none."""
-    if not path.is_dir():
-        return path
-    for name in IN_FOLDER:
-        if (path / name).is_file():
-            return path / name
-        if (path / f"{name}.index.json").is_file():
-            raise UserError(f"{path / name} is split into several files, which is not supported; save it as one")
-    raise UserError(f"{path} is a folder without weights; expected {IN_FOLDER[0]} or {IN_FOLDER[3]} in it")
-
-
-def _escaped_key(key: object) -> str:
-    """A key of a dictionary in a file, for messages and records; its type in brackets if it is not text."""
-    return escaped(key) if isinstance(key, str) else f"({type(key).__name__})"
-
-
-def _wrapper_prefix(names: Collection[str]) -> str:
-    """The prefix of all `names` that wrappers of the network have added, such as "module._orig_mod."; "" if there is none."""
-    prefix = ""
-    for _ in range(MAX_WRAPPERS):
-        wrapper = next((each for each in WRAPPERS if all(name.startswith(prefix + each) for name in names)), None)
-        if wrapper is None:
-            break
-        prefix += wrapper
-    return prefix
-
-
-def _holds_tensors(value: object) -> bool:
-    """Whether `value` is a dictionary with at least one tensor in it."""
-    return isinstance(value, dict) and any(isinstance(item, Stored) for item in value.values())
 
 
 def _describe(value: object) -> str:

@@ -16,7 +16,18 @@ from harness import registry
 from harness.errors import UserError
 from harness.spec import BackboneSpec
 from harness.weights.files import WeightFile
-from harness.weights.maps import Differences, Layout, Mismatch, Recipes, Shapes, WeightMap, compare, take_all
+from harness.weights.maps import (
+    Differences,
+    Layout,
+    Mismatch,
+    Recipes,
+    Shape,
+    Shapes,
+    WeightMap,
+    WithNullRow,
+    compare,
+    take_all,
+)
 
 INPUT_SIZES = (4, 8, 16, 32, 64, 128, 256, 512)  # tried where no shape implies the input size
 # arguments that may differ from the spec's defaults
@@ -60,6 +71,12 @@ def weight_map(spec: BackboneSpec) -> WeightMap:
         raise  # an import inside the module fails
 
 
+def markings_of(specs: Iterable[BackboneSpec], own: Collection[str] = ()) -> list[Collection[str]]:
+    """The marks of the layouts of `specs`, and `own`, names of a network's tensors, for families without marks."""
+    layouts = (layout for spec in specs for layout in weight_map(spec).layouts)
+    return [*dict.fromkeys(layout.marks for layout in layouts if layout.marks), *([own] if own else [])]
+
+
 def choose_layout(layouts: Iterable[Layout], names: Iterable[str]) -> tuple[float, Layout]:
     """The layout with the largest share of its marks among `names`, as (share from 0 to 1, layout)."""
     names = set(names)
@@ -91,7 +108,27 @@ def translate(
                 f"{', '.join(recipe.sources)} are joined, but have several dtypes: {', '.join(sorted(dtypes))}"
             )
         recipes[name], ours[name] = recipe, recipe.shape(shapes)
-    return recipes, ours, missing
+    return *with_null_row(recipes, ours, layout, expected or {}), missing
+
+
+def with_null_row(recipes: Recipes, ours: Shapes, layout: Layout, expected: Shapes) -> tuple[Recipes, dict[str, Shape]]:
+    """(recipes, shapes) with a row for the null label, where the network has one and the file's label table does not.
+
+    A network that was trained without label dropout has no such row. It is never used without guidance.
+    """
+    name = layout.label_table
+    rows, wanted = ours.get(name, ()), expected.get(name, ())
+    if len(rows) != 2 or tuple(wanted) != (rows[0] + 1, rows[1]):
+        return recipes, dict(ours)
+    padded = WithNullRow(recipes[name])
+    return {**recipes, name: padded}, {**ours, name: (rows[0] + 1, rows[1])}
+
+
+def null_row_notes(recipes: Recipes) -> tuple[str, ...]:
+    """A line for the user if the null label's row is made."""
+    if not any(isinstance(recipe, WithNullRow) for recipe in recipes.values()):
+        return ()
+    return ("its label table has no row for the null label: it was trained without label dropout and has no guidance",)
 
 
 def differences(ours: Shapes, expected: Shapes, missing: Mapping[str, str], layout: Layout) -> Differences:
@@ -132,13 +169,14 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
                 expected = expected_shapes(spec, arguments)
             except UserError:
                 continue  # no network of this name has such arguments
+            made, shapes = with_null_row(recipes, ours, layout, expected)
             match = Match(
                 spec=spec,
                 arguments=arguments,
                 layout=layout,
-                recipes=recipes,
-                differences=differences(ours, expected, missing, layout),
-                notes=(*weights.notes, *layout.notes(weights.shapes)),
+                recipes=made,
+                differences=differences(shapes, expected, missing, layout),
+                notes=(*weights.notes, *layout.notes(weights.shapes), *null_row_notes(made)),
             )
             if best is None or _sort_key(match) < _sort_key(best):
                 best = match

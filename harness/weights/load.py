@@ -12,9 +12,19 @@ from torch import nn
 from harness import registry
 from harness.errors import UserError
 from harness.spec import BackboneSpec
-from harness.weights.files import WeightFile, open_weights, sha256, unchanged, with_progress
-from harness.weights.identify import OWN_NAMES, choose_layout, contradiction, differences, misfit, translate, weight_map
-from harness.weights.maps import Layout, Mismatch, Recipe, Take
+from harness.weights.files import WeightFile, open_weights, unchanged, with_progress
+from harness.weights.identify import (
+    OWN_NAMES,
+    choose_layout,
+    contradiction,
+    differences,
+    markings_of,
+    misfit,
+    null_row_notes,
+    translate,
+    weight_map,
+)
+from harness.weights.maps import Layout, Mismatch, Recipe, Take, WithNullRow
 from harness.weights.tensors import BY_TORCH_NAME, DTYPES, all_finite, raw_dtype, refuse_not_finite
 
 
@@ -28,20 +38,26 @@ class Provenance:
     backbone: str | None  # name of the spec that was given
     dtypes: tuple[str, ...]  # of the tensors in the file, safetensors' names
     notes: tuple[str, ...]  # choices and conversions, one line each
+    entry: str = ""  # of the file; "": the file itself
+    null_row_is_made: bool = False  # whether the file has no embedding for "no class", so that guidance is not possible
 
 
-def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, prefix: str = "") -> Provenance:
+def load_into(
+    net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, prefix: str = "", entry: str | None = None
+) -> Provenance:
     """Load the file strictly into `net`: every tensor of its state dict, with its shape, and no other.
 
     net: on any device; if on the meta device, its parameters are made on the CPU, in their dtype. Tensors are read into
     their place one at a time, so the weights are in memory once. spec: backbone whose family's public files are accepted;
     None: the names must be those of the network or of a registered family. prefix: selects one part of a file, such as
-    "first_stage_model." of an LDM's model.ckpt, and is dropped. UserError, with the first problem, if the file does not
+    "first_stage_model." of an LDM's model.ckpt, and is dropped. entry: of a checkpoint that has several, as for
+    `open_weights`. UserError, with the first problem, if the file does not
     fit; then `net` is unchanged. UserError also if damage is found while reading; then `net` must not be used.
     """
-    weights = open_weights(path)
-    weights.refuse_code()
     state = net.state_dict(keep_vars=True)  # the parameters themselves, which `_fill` replaces on the meta device
+    specs = [spec] if spec is not None else list(registry.backbones)
+    weights = open_weights(path, entry=entry, markings=markings_of(specs, own=[prefix + name for name in state]))
+    weights.refuse_code()
     expected = {prefix + name: tuple(tensor.shape) for name, tensor in state.items()}
     layout = _layout(weights, spec)
     name = spec.name if spec is not None else type(net).__name__
@@ -61,10 +77,10 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
     if not prefix and (problem := contradiction(weights, layout, ours, _heads(net))):
         raise UserError(f"{weights.path} ({layout.title}) does not fit {name}: {problem}")
     with unchanged(weights):
-        digest = sha256(weights.path)
+        digest = weights.sha256()
         _fill(net, state, {key: recipes[prefix + key] for key in state}, weights)
     unused = sorted({key.partition(".")[0] for key in recipes if key not in expected})
-    notes = (*weights.notes, *layout.notes(weights.shapes))
+    notes = (*weights.notes, *layout.notes(weights.shapes), *null_row_notes(recipes))
     if unused:
         notes = (*notes, f"not used of the file: {', '.join(unused)}")
     return Provenance(
@@ -74,6 +90,8 @@ def load_into(net: nn.Module, path: Path, spec: BackboneSpec | None = None, *, p
         backbone=spec.name if spec is not None else None,
         dtypes=tuple(sorted({tensor.dtype for tensor in weights.tensors.values()})),
         notes=notes,
+        entry=weights.entry,
+        null_row_is_made=any(isinstance(recipes[prefix + key], WithNullRow) for key in state),
     )
 
 

@@ -138,7 +138,26 @@ class Made:
         return np.ascontiguousarray(self.make(), dtype="<f4")
 
 
-Recipe = Take | Join | Part | Same | Made
+@dataclass(frozen=True)
+class WithNullRow:
+    """The tensor of `table`, a label table (classes, width), with one more row, of zeros, for the null label."""
+
+    table: Recipe
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return self.table.sources
+
+    def shape(self, shapes: Shapes) -> Shape:
+        rows, width = self.table.shape(shapes)
+        return (rows + 1, width)
+
+    def evaluate(self, read: Read) -> np.ndarray:
+        table = self.table.evaluate(read)
+        return np.concatenate([table, np.zeros((1, table.shape[1]), table.dtype)])
+
+
+Recipe = Take | Join | Part | Same | Made | WithNullRow
 Recipes = dict[str, Recipe]  # by the name of the resulting tensor
 
 
@@ -158,6 +177,7 @@ class Layout:
     config(arguments, shapes): config.json of an exported diffusers folder, given builder arguments and our shapes.
     contradiction(config, shapes, heads): how the config.json beside a file contradicts our shapes and the number of
     attention heads, in one line; None: it does not.
+    label_table: our name of the label embedding whose last row is the null label, which a file may not have; "": none.
     """
 
     name: str
@@ -171,6 +191,7 @@ class Layout:
     notes: Callable[[Shapes], tuple[str, ...]] = lambda shapes: ()
     config: Callable[[Mapping[str, Any], Shapes], dict[str, Any]] | None = None
     contradiction: Callable[[Mapping[str, Any], Shapes, int | None], str | None] = lambda config, shapes, heads: None
+    label_table: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,6 +156,7 @@ def foreign_symbols(symbols: Mapping[str, Symbol]) -> tuple[str, ...]:
         for full, symbol in symbols.items()
         if full not in _NEEDED
         and full not in dtypes
+        and symbol.module != "torch.jit._pickle"  # lists of one type, in TorchScript archives
         and not (symbol.module in ("torch", "torch.cuda", "torch.storage") and symbol.name in _STORAGE_TYPES)
     )
 
@@ -185,6 +186,30 @@ def storage_of(identifier: Any) -> StorageKey:
     return StorageKey(dtype, key, count)
 
 
+def module_tensors(module: Any) -> dict[str, Any]:
+    """The tensors of a TorchScript module, which a pickle holds as nested objects, by their names in its state dict.
+
+    Nothing of the module is run. A module that is in two places is read once. `Malformed` for anything else.
+    """
+    if not (isinstance(module, Call) and isinstance(module.state, dict)):
+        raise Malformed("a TorchScript archive without a module")
+    found: dict[str, Any] = {}
+    waiting: list[tuple[str, Call]] = [("", module)]
+    visited = {id(module)}
+    while waiting:
+        prefix, each = waiting.pop()
+        for name, item in each.state.items():
+            full = f"{prefix}{name}"
+            if not isinstance(name, str) or len(full) > pickles.LONGEST_NAME:
+                raise Malformed("an attribute without a name")
+            if isinstance(item, _PendingTensor):
+                found[full] = item
+            elif isinstance(item, Call) and isinstance(item.state, dict) and id(item) not in visited:
+                visited.add(id(item))
+                waiting.append((f"{full}.", item))
+    return found
+
+
 def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Any:
     """Replace every pending tensor by a `Stored`, in place in `value` and its nested dictionaries and lists; returns `value`.
 
@@ -202,6 +227,8 @@ def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big
             if id(item) not in resolved:
                 resolved[id(item)] = item, _stored(item, path, storages, big_endian)
             return resolved[id(item)][1]
+        if isinstance(item, tuple) and any(isinstance(each, _PendingTensor) for each in item):
+            return [resolve(each) for each in item]  # such as the averages of all parameters, in their order
         if isinstance(item, (dict, list)) and id(item) not in visited:
             visited[id(item)] = item
             waiting.append(item)

@@ -8,7 +8,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from harness import registry
 from harness.errors import UserError
 from harness.io import files
 from harness.spec import BackboneSpec
-from harness.weights.files import METADATA, WeightFile, open_weights, sha256, unchanged, with_progress
-from harness.weights.identify import Match, choose_layout, identify, misfit, recognised, weight_map
+from harness.weights.files import METADATA, WeightFile, open_weights, unchanged, with_progress
+from harness.weights.identify import Match, choose_layout, identify, markings_of, misfit, recognised, weight_map
 from harness.weights.known import KNOWN
-from harness.weights.maps import Layout, Mismatch, Read, Same
+from harness.weights.maps import Layout, Mismatch, Read, Recipes, Same, WithNullRow
 from harness.weights.tensors import all_finite, raw_dtype, refuse_not_finite
 
 SCHEMA = 1
@@ -59,21 +59,18 @@ def candidates(backbone: str | None) -> list[BackboneSpec]:
     return [registry.backbones.get(backbone)] if backbone else list(registry.backbones)
 
 
-def inspect_file(path: Path, backbone: str | None = None) -> dict[str, Any]:
+def inspect_file(path: Path, backbone: str | None = None, entry: str | None = None) -> dict[str, Any]:
     """What a weight file is, as JSON data (`harness weights inspect --json`).
 
     "fits" says whether it can be loaded, "problem" why not. A file that fits is read completely, one tensor at a time.
     """
-    weights = open_weights(path)
-    document: dict[str, Any] = {
-        "file": str(weights.path),
-        "bytes": weights.path.stat().st_size,
-        "sha256": sha256(weights.path),
-    }
+    weights = open_weights(path, entry=entry, markings=markings_of(candidates(backbone)))
+    document: dict[str, Any] = {"file": str(weights.path), "bytes": weights.nbytes, "sha256": weights.sha256()}
     known = KNOWN.get(document["sha256"])
     document["known"] = known._asdict() if known else None
     document |= {
-        "container": weights.container, "wrapping": weights.wrapping, "layout": None, "backbone": None, "arguments": {},
+        "container": weights.container, "wrapping": weights.wrapping, "entry": weights.entry,
+        "other_entries": list(weights.other_entries), "layout": None, "backbone": None, "arguments": {},
         "fits": False, "problem": None, "missing": [], "unexpected": [], "wrong_shape": [], "beside": {},
     }  # fmt: skip
     notes = weights.notes
@@ -134,9 +131,14 @@ def _likely_layout(weights: WeightFile, specs: Iterable[BackboneSpec]) -> str | 
     return layout.title if share > 0 else None
 
 
-def open_identified(path: Path, backbone: str | None) -> tuple[IdentifiedWeights, BackboneSpec]:
-    """The weights of a file and their backbone; UserError for a file that fits no backbone, or not the one named."""
-    weights = open_weights(path)
+def open_identified(
+    path: Path, backbone: str | None, entry: str | None = None
+) -> tuple[IdentifiedWeights, BackboneSpec]:
+    """The weights of a file and their backbone; UserError for a file that fits no backbone, or not the one named.
+
+    A label table without a row for the null label stays as it is in the file, so that no copy hides that.
+    """
+    weights = open_weights(path, entry=entry, markings=markings_of(candidates(backbone)))
     weights.refuse_code()
     match = identify(weights, candidates(backbone))
     if match.spec is None:
@@ -150,19 +152,25 @@ def open_identified(path: Path, backbone: str | None) -> tuple[IdentifiedWeights
             raise UserError(misfit(weights, match.layout, backbone, problem))
         nearest = f"any backbone; the nearest is {match.spec.name}: {problem}"
         raise UserError(f"{weights.path} ({match.layout.title}) does not fit {nearest}")
-    return IdentifiedWeights(file=weights, match=match), match.spec
+    recipes: Recipes = {
+        name: each.table if isinstance(each, WithNullRow) else each for name, each in match.recipes.items()
+    }
+    return IdentifiedWeights(file=weights, match=replace(match, recipes=recipes)), match.spec
 
 
-def import_file(path: Path, out: Path | None = None, backbone: str | None = None) -> tuple[Path, dict[str, Any]]:
+def import_file(
+    path: Path, out: Path | None = None, backbone: str | None = None, entry: str | None = None
+) -> tuple[Path, dict[str, Any]]:
     """Write the weights of `path` as safetensors with our names.
 
-    out: the new file; None: beside `path`. backbone: its name; None: it is identified. Returns (the new file, its
+    out: the new file; None: beside `path`. backbone: its name; None: it is identified. entry: of a checkpoint that has
+    several. Returns (the new file, its
     metadata). "not_loaded" is added to the returned metadata: the classes and functions that `path` names. UserError
     where `out` exists.
     """
     out = out or path.with_name(f"{path.name if path.is_dir() else path.stem}.safetensors")
     refuse_existing(out)
-    ours, spec = open_identified(path, backbone)
+    ours, spec = open_identified(path, backbone, entry)
     match = ours.match
     about: dict[str, Any] = {
         "schema": SCHEMA,
@@ -171,7 +179,7 @@ def import_file(path: Path, out: Path | None = None, backbone: str | None = None
         "format": match.layout.name,
         "source": {
             "name": ours.file.path.name,
-            "sha256": sha256(ours.file.path),
+            "sha256": ours.file.sha256(),
             "wrapping": ours.file.wrapping,
             "container": ours.file.container,
         },
@@ -186,16 +194,23 @@ def import_file(path: Path, out: Path | None = None, backbone: str | None = None
     return out, about | {"not_loaded": list(ours.file.symbols)}
 
 
-def export_file(path: Path, layout: str, out: Path | None = None, backbone: str | None = None) -> Path:
+def export_file(
+    path: Path, layout: str, out: Path | None = None, backbone: str | None = None, entry: str | None = None
+) -> Path:
     """Write the weights of `path` in the public layout of that name; returns the new file, or the folder of diffusers.
 
-    out: the new file or folder; None: beside `path`. UserError where it exists.
+    out: the new file or folder; None: beside `path`. entry: of a checkpoint that has several. UserError where it exists.
     """
-    ours, spec = open_identified(path, backbone)
+    ours, spec = open_identified(path, backbone, entry)
     target = _find_layout(spec, layout)
     stem = path.name if path.is_dir() else path.stem
     out = out or path.with_name(f"{stem}-{layout}{target.suffix}")
     refuse_existing(out)
+    labels = ours.shapes.get(target.label_table, ())
+    if target.store == "diffusers" and labels and labels[0] == spec.arguments(**ours.match.arguments)["num_classes"]:
+        raise UserError(
+            f"{ours.file.path} has no row for the null label, which diffusers' network has; export it as dit"
+        )
     try:
         recipes = target.outward(ours.shapes)
         shapes = {name: recipe.shape(ours.shapes) for name, recipe in recipes.items()}

@@ -1,9 +1,19 @@
-"""A frozen graph of the whole 2015-12-05 Inception-v3 with random weights, under the names of the public one.
+"""A frozen graph of the whole 2015-12-05 Inception-v3 with random weights, in the form of the public one.
 
 Written apart from `evaluators.features.inception_layers`, so that a mistake there shows: the architecture is spelled out
-here once more, after Szegedy et al. (arXiv:1512.00567) and the public ports. The normalisation statistics are those
-of a few images, so that activations keep unit scale through all 94 convolutions, as trained ones do. The graph is
-written by a protocol-buffer writer of a few lines; TensorFlow accepts it, which the slow tests show.
+here once more, after Szegedy et al. (arXiv:1512.00567) and the public ports. Names, operations, their number and their
+order are those of public listings of classify_image_graph_def.pb:
+
+- its operations by type, its parameters and its control inputs: `SUMMARY`, from the documentation of TensorFlow's
+  summarize_graph (tensorflow/tools/graph_transforms/README.md);
+- its first 50 nodes in order: `FIRST_NODES`, from the documentation of Tensorflex (`get_graph_ops`);
+- its constants in order: Tensorflex's README and pull request 5. No concat_dim lies between those of mixed_9/join and
+  mixed_10/join, and there is one Concat for each of the 11 blocks: the last two blocks join six branches at once;
+- its pools: the script of jzuern lists the five that have no attribute T, the maximum pools.
+
+The normalisation statistics are those of a few images, so that activations keep unit scale through all 94 convolutions,
+as trained ones do. The graph is written by a protocol-buffer writer of a few lines; TensorFlow accepts it, which the
+slow tests show.
 """
 
 from pathlib import Path
@@ -12,8 +22,22 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-FLOAT, INT32, UINT8 = 1, 3, 4  # of types.proto
+FLOAT, INT32, UINT8, STRING = 1, 3, 4, 7  # of types.proto
 EPSILON = 0.001
+SUMMARY = {
+    "Const": 489, "CheckNumerics": 99, "Identity": 99, "BatchNormWithGlobalNormalization": 94, "Conv2D": 94, "Relu": 94,
+    "Concat": 11, "AvgPool": 9, "MaxPool": 5, "Sub": 1, "Softmax": 1, "ResizeBilinear": 1, "Reshape": 1, "Mul": 1,
+    "MatMul": 1, "ExpandDims": 1, "DecodeJpeg": 1, "Cast": 1, "BiasAdd": 1,
+}  # fmt: skip
+PARAMETERS, CONTROL_INPUTS = 23_885_411, 99
+_LAYER = ("conv2d_params", "Conv2D", "batchnorm/beta", "batchnorm/gamma", "batchnorm/moving_mean",
+          "batchnorm/moving_variance", "batchnorm", "CheckNumerics", "control_dependency")  # fmt: skip
+FIRST_NODES = (
+    "DecodeJpeg/contents", "DecodeJpeg", "Cast", "ExpandDims/dim", "ExpandDims", "ResizeBilinear/size", "ResizeBilinear",
+    "Sub/y", "Sub", "Mul/y", "Mul",
+    *(name for scope in ("conv", "conv_1", "conv_2") for name in (*(f"{scope}/{each}" for each in _LAYER), scope)),
+    "pool/CheckNumerics", "pool/control_dependency", "pool", *(f"conv_3/{each}" for each in _LAYER[:6]),
+)  # fmt: skip
 
 
 # Protocol buffers -----------------------------------------------------------------------------------------------------
@@ -129,12 +153,21 @@ def block_e(ops, x, scope, port, pooled):
 
     one = ops.conv(x, f"{scope}/conv", f"{port}.branch1x1", 320, (1, 1))
     three = ops.conv(x, f"{scope}/tower/conv", f"{port}.branch3x3_1", 384, (1, 1))
-    three = ops.join(fork(three, f"{scope}/tower", "branch3x3_2"), f"{scope}/tower/mixed/join")
+    three = fork(three, f"{scope}/tower", "branch3x3_2")
     double = ops.conv(x, f"{scope}/tower_1/conv", f"{port}.branch3x3dbl_1", 448, (1, 1))
     double = ops.conv(double, f"{scope}/tower_1/conv_1", f"{port}.branch3x3dbl_2", 384, (3, 3))
-    double = ops.join(fork(double, f"{scope}/tower_1", "branch3x3dbl_3"), f"{scope}/tower_1/mixed/join")
-    pool = ops.conv(pooled, f"{scope}/tower_2/conv", f"{port}.branch_pool", 192, (1, 1))
-    return ops.join([one, three, double, pool], f"{scope}/join")
+    double = fork(double, f"{scope}/tower_1", "branch3x3dbl_3")
+    pool = pooled(x, f"{scope}/tower_2/pool")
+    pool = ops.conv(pool, f"{scope}/tower_2/conv", f"{port}.branch_pool", 192, (1, 1))
+    return ops.join([one, *three, *double, pool], f"{scope}/join")
+
+
+def nested(scope: str) -> bytes:
+    """Nodes that join the branches of mixed_9 or mixed_10 in two steps, as some conversions of the graph do."""
+    forks = {f"{scope}/{tower}/mixed/join": f"{scope}/{tower}/mixed" for tower in ("tower", "tower_1")}
+    axis = f"{scope}/join/concat_dim"
+    inner = (node(name, "Concat", [axis, f"{fork}/conv", f"{fork}/conv_1"]) for name, fork in forks.items())
+    return b"".join((*inner, node(f"{scope}/join", "Concat", [axis, f"{scope}/conv", *forks, f"{scope}/tower_2/conv"])))
 
 
 def architecture(ops, x):
@@ -157,8 +190,8 @@ def architecture(ops, x):
     ):
         x = block_c(ops, x, scope, port, width)
     x = block_d(ops, x, "mixed_8", "Mixed_7a")
-    x = block_e(ops, x, "mixed_9", "Mixed_7b", ops.average(x, "mixed_9/tower_2/pool"))
-    return block_e(ops, x, "mixed_10", "Mixed_7c", ops.maximum(x, "mixed_10/tower_2/pool", 1, "SAME"))
+    x = block_e(ops, x, "mixed_9", "Mixed_7b", ops.average)
+    return block_e(ops, x, "mixed_10", "Mixed_7c", lambda x, name: ops.maximum(x, name, 1, "SAME"))
 
 
 class Runner:
@@ -226,6 +259,11 @@ class Writer(Runner):
     def op(self, name, op, inputs, **attributes):
         self.nodes.append(node(name, op, inputs, T=kind(FLOAT), **attributes))
 
+    def checked(self, value, scope):
+        self.op(f"{scope}/CheckNumerics", "CheckNumerics", [value], message=word("finite"))
+        self.op(f"{scope}/control_dependency", "Identity", [value, f"^{scope}/CheckNumerics"])
+        return f"{scope}/control_dependency"
+
     def conv(self, x, scope, port, width, size, stride=1, padding="SAME"):
         width_in = x[1].shape[1]
         kernel = self.random.standard_normal((*size, width_in, width), np.float32)
@@ -234,10 +272,6 @@ class Writer(Runner):
         self.ports[port] = scope
         y = self.convolve(x[1], torch.from_numpy(kernel), stride, padding)
         variance, mean = torch.var_mean(y, dim=(0, 2, 3))
-        self.constant(f"{scope}/batchnorm/beta", self.random.normal(0.1, 0.2, width).astype(np.float32))
-        self.constant(f"{scope}/batchnorm/gamma", self.random.uniform(0.8, 1.2, width).astype(np.float32))
-        self.constant(f"{scope}/batchnorm/moving_mean", mean.numpy())
-        self.constant(f"{scope}/batchnorm/moving_variance", variance.numpy())
         window = integers((1, stride, stride, 1))
         self.op(
             f"{scope}/Conv2D",
@@ -247,6 +281,10 @@ class Writer(Runner):
             padding=word(padding),
             use_cudnn_on_gpu=flag(True),
         )
+        self.constant(f"{scope}/batchnorm/beta", self.random.normal(0.1, 0.2, width).astype(np.float32))
+        self.constant(f"{scope}/batchnorm/gamma", self.random.uniform(0.8, 1.2, width).astype(np.float32))
+        self.constant(f"{scope}/batchnorm/moving_mean", mean.numpy())
+        self.constant(f"{scope}/batchnorm/moving_variance", variance.numpy())
         norm = f"{scope}/batchnorm"
         self.op(
             norm,
@@ -255,16 +293,15 @@ class Writer(Runner):
             variance_epsilon=real(EPSILON),
             scale_after_normalization=flag(True),
         )
-        self.op(f"{scope}/CheckNumerics", "CheckNumerics", [norm], message=word("finite"))
-        self.op(f"{scope}/control_dependency", "Identity", [norm, f"^{scope}/CheckNumerics"])
-        self.op(scope, "Relu", [f"{scope}/control_dependency"])
+        self.op(scope, "Relu", [self.checked(norm, scope)])
         return self.normalise(y, scope)
 
     def pool(self, op, x, name, size, stride, padding):
         ksize, strides = integers((1, size, size, 1)), integers((1, stride, stride, 1))
         attributes = {"ksize": ksize, "strides": strides, "padding": word(padding)}
         if op == "MaxPool":
-            self.nodes.append(node(name, op, [x[0]], **attributes))  # of that time: float, and no attribute T
+            # of that time: float, and no attribute T
+            self.nodes.append(node(name, op, [self.checked(x[0], name)], **attributes))
         else:
             self.op(name, op, [x[0]], **attributes)
 
@@ -283,7 +320,8 @@ class Writer(Runner):
 
     def write(self, image: torch.Tensor, path: Path) -> None:
         """The graph, calibrated on normalised images (N, 3, 299, 299)."""
-        self.nodes.append(node("DecodeJpeg/contents", "Placeholder", dtype=kind(7)))
+        empty = field(8, field(1, STRING) + field(2, b"") + field(8, b""))
+        self.nodes.append(node("DecodeJpeg/contents", "Const", dtype=kind(STRING), value=empty))
         self.nodes.append(node("DecodeJpeg", "DecodeJpeg", ["DecodeJpeg/contents"], channels=field(3, 3)))
         self.nodes.append(node("Cast", "Cast", ["DecodeJpeg"], SrcT=kind(UINT8), DstT=kind(FLOAT)))
         self.constant("ExpandDims/dim", np.array(0, np.int32))

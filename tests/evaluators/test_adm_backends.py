@@ -1,5 +1,5 @@
 """ADM's numbers against a plain reimplementation of its algorithm: on stored features, and in a whole evaluation of the
-same files by torch and by TensorFlow. Slow."""
+same files by torch, by JAX and by TensorFlow. Slow."""
 
 import json
 import warnings
@@ -182,7 +182,7 @@ def evaluated(tmp_path_factory, made_inception):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InceptionGraphFeatures, "__call__", spy)
-        for backend in ("tensorflow", "torch"):
+        for backend in ("tensorflow", "torch", "jax"):
             arguments = [
                 "evaluate", folder / "samples.npz", "--suite", "adm", "--protocol", folder / "task.toml",
                 "--reference", folder / "reference.npz", "--inception", made_inception.graph, "--json",
@@ -232,10 +232,13 @@ def test_sqrtm_agrees_as_far_as_it_can(kind, evaluated):
     assert ours == pytest.approx(value, rel=1e-4)  # singular: N < 2048
 
 
-def test_torch_agrees_with_tensorflow(evaluated):
-    torch, tensorflow = evaluated.values["torch"], evaluated.values["tensorflow"]
-    print(torch, tensorflow)
+@pytest.mark.parametrize("backend", ["torch", "jax"])
+def test_both_agree_with_tensorflow(backend, evaluated):
+    """All five numbers, of a graph of the public form (`inception_graph_maker`)."""
+    ours, tensorflow = evaluated.values[backend], evaluated.values["tensorflow"]
+    print(ours, tensorflow)
+    assert list(ours) == list(tensorflow) == list(PORT)
     assert len(evaluated.hashes) == 1
     for metric, tolerance in PORT.items():
         scale = 1.0 if metric in ("precision", "recall") else abs(tensorflow[metric])
-        assert abs(torch[metric] - tensorflow[metric]) <= tolerance * scale, metric
+        assert abs(ours[metric] - tensorflow[metric]) <= tolerance * scale, metric

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from inception_graph_maker import pictures
 
+from evaluators import adm
 from evaluators.features import INCEPTION_2015, INCEPTION_BACKENDS, inception_jax
 from evaluators.features.inception_graph import read_weights
 from evaluators.features.inception_v3 import InceptionFeatures
@@ -103,6 +104,60 @@ def test_numbers_and_records(folder, made_inception, monkeypatch):
     assert records["is"]["value"] == pytest.approx(expected, rel=1e-4)
     judged = records["fid"]["evaluation"]
     assert (judged["suite"], judged["mode"], judged["features"]) == ("adm", "adm", "inception-2015-12-05")
+
+
+@pytest.mark.parametrize("spatial", [True, False])
+def test_estimates_of_a_reference_of_statistics_alone(spatial):
+    random = np.random.RandomState(2)
+    samples, reference = ([random.rand(n, dim).astype(np.float32) for dim in (16, 12, 10)] for n in (100, 40))
+    fields = {
+        "reference_statistics": statistics(reference[0]),
+        "reference_spatial_statistics": statistics(reference[1]),
+        "block": np.arange(100) % 20,
+    }
+    whole = adm.estimates(*samples, reference_pooled=reference[0], **fields)
+    fields["reference_spatial_statistics"] = fields["reference_spatial_statistics"] if spatial else None
+    alone = adm.estimates(*samples, reference_pooled=reference[0][:0], **fields)
+    assert list(whole) == ["fid", "sfid", "is", "precision", "recall"]
+    assert list(alone) == (["fid", "sfid", "is"] if spatial else ["fid", "is"])
+    assert all(alone[key].value == whole[key].value for key in alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spatial", [True, False])
+def test_statistics_alone_and_no_protocol(spatial, folder, made_inception, monkeypatch, tmp_path, caplog):
+    """As ADM's evaluator is called. The network is replaced: what is tested is what is done with its features."""
+    from evaluators.features import Features
+
+    mixing = np.random.RandomState(1).rand(3, 2048 + 2023 + 1008).astype(np.float32)
+
+    def project(self, images):
+        rows = images.reshape(len(images), -1, 3)[:, :7].mean(axis=1, dtype=np.float32) / 255 @ mixing
+        pooled, rest, logits = np.split(rows, (2048, 4071), axis=1)
+        return Features(pooled=pooled, spatial=rest, logits=logits)
+
+    monkeypatch.setattr(InceptionFeatures, "__call__", project)
+    with np.load(folder / "reference.npz") as data:
+        arrays, found = {"arr_0": data["arr_0"]}, project(None, data["arr_0"])
+    for suffix, rows in (("", found.pooled), ("_s", found.spatial)):
+        own = statistics(rows)
+        arrays |= {f"mu{suffix}": own.mean, f"sigma{suffix}": own.covariance}
+    np.savez(tmp_path / "whole.npz", **arrays)
+    keys = ("mu", "sigma", "mu_s", "sigma_s") if spatial else ("mu", "sigma")
+    np.savez(tmp_path / "alone.npz", **{key: arrays[key] for key in keys})
+    values = {}
+    for name in ("whole", "alone"):
+        done = evaluate(
+            folder / "samples.npz", "--reference", tmp_path / f"{name}.npz", "--suite", "adm", "--inception",
+            made_inception.graph, "--json", "--out", tmp_path / f"{name}.jsonl",
+        )  # fmt: skip
+        assert done.exit_code == 0, done.exception
+        values[name] = {each["metric"]: each["value"] for each in json.loads(done.stdout)["records"]}
+    assert list(values["whole"]) == ["fid", "sfid", "is", "precision", "recall"]
+    assert list(values["alone"]) == (["fid", "sfid", "is"] if spatial else ["fid", "is"])
+    for metric, value in values["alone"].items():
+        assert value == pytest.approx(values["whole"][metric], rel=1e-9, abs=1e-9)
+    assert f"left out: {'' if spatial else 'sfid, '}precision, recall" in caplog.text
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ and what is refused. Against TensorFlow: the slow tests.
 import gzip
 import subprocess
 import sys
+from collections import Counter
 
 import inception_graph_maker as maker
 import numpy as np
@@ -17,6 +18,7 @@ from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION
 from evaluators.features.graphdef import Malformed, map_file, read_graph
 from evaluators.features.inception_graph import extract_in_batches, read_weights
 from evaluators.features.inception_layers import convolutions
+from evaluators.features.inception_self_test import largest_difference
 from evaluators.features.inception_structure import check_structure
 from evaluators.features.tf1_resize import resize_numpy
 from harness.errors import RunError, UserError
@@ -189,14 +191,26 @@ _WINDOW = {
 }
 _NORM = [f"conv_2/{each}" for each in ("Conv2D", *(f"batchnorm/{c}" for c in ("moving_mean", "moving_variance", "beta", "gamma")))]  # fmt: skip
 _JOIN = ["mixed_5/join/concat_dim", "mixed_5/tower/conv_2", "mixed_5/conv", "mixed_5/tower_1/conv_4", "mixed_5/tower_2/conv"]  # fmt: skip
+_SIX = ["conv", "tower/mixed/conv", "tower/mixed/conv_1", "tower_1/mixed/conv", "tower_1/mixed/conv_1", "tower_2/conv"]
+
+
+def _join_of_six(*order):
+    inputs = ("mixed_9/join/concat_dim", *(f"mixed_9/{_SIX[i]}" for i in order))
+    return maker.node("mixed_9/join", "Concat", inputs)
+
+
 CHANGED = {
     "average in the last block": maker.node("mixed_10/tower_2/pool", "AvgPool", ["mixed_9/join"], **_WINDOW),
     "maximum in the block before": maker.node("mixed_9/tower_2/pool", "MaxPool", ["mixed_8/join"], **_WINDOW),
-    "epsilon": maker.node("conv_2/batchnorm", "BatchNormWithGlobalNormalization", _NORM, variance_epsilon=maker.real(1e-5)),
+    "epsilon": maker.node("conv_2/batchnorm", "BatchNormWithGlobalNormalization", _NORM, variance_epsilon=maker.real(1e-5), scale_after_normalization=maker.flag(True)),
     "another resize": maker.node("ResizeBilinear", "ResizeBilinear", ["ExpandDims", "ResizeBilinear/size"], half_pixel_centers=maker.flag(True)),
     "another size": maker.constant("ResizeBilinear/size", np.array([224, 224], np.int32)),
     "another shift": maker.constant("Sub/y", np.array(127.5, np.float32)),
     "branches swapped": maker.node("mixed_5/join", "Concat", _JOIN),
+    "the two ends of a fork swapped": _join_of_six(0, 2, 1, 3, 4, 5),
+    "forks swapped": _join_of_six(0, 3, 4, 1, 2, 5),
+    "a branch of six missing": _join_of_six(0, 1, 2, 3, 4),
+    "a join that holds itself": maker.node("mixed_9/join", "Concat", ["mixed_9/join/concat_dim", "mixed_9/join", "mixed_9/conv"]),
     "channels first": maker.constant("mixed_5/join/concat_dim", np.array(1, np.int32)),
     "stride": maker.node("conv_1/Conv2D", "Conv2D", ["conv", "conv_1/conv2d_params"], strides=maker.integers((1, 2, 2, 1)), padding=maker.word("VALID")),
     "padding": maker.node("conv_1/Conv2D", "Conv2D", ["conv", "conv_1/conv2d_params"], strides=maker.integers((1, 1, 1, 1)), padding=maker.word("SAME")),
@@ -213,8 +227,28 @@ def nodes(made_inception):
     return read_graph(map_file(made_inception.graph))
 
 
-def test_the_right_structure_passes(nodes):
+def test_the_made_graph_has_what_is_published_of_the_public_one(nodes):
+    assert dict(Counter(node.op for node in nodes.values())) == maker.SUMMARY
+    constants = [node for node in nodes.values() if node.op == "Const"]
+    texts = [node for node in constants if node.name == "DecodeJpeg/contents"]  # one text, the only one
+    assert sum(node.array().size for node in constants if node not in texts) + len(texts) == maker.PARAMETERS
+    inputs = [name for node in nodes.values() for name in node.inputs]
+    assert sum(name.startswith("^") for name in inputs) == maker.CONTROL_INPUTS
+    assert tuple(nodes)[:50] == maker.FIRST_NODES
+    names = [node.name for node in constants]
+    between = names[names.index("mixed_9/join/concat_dim") + 1 : names.index("mixed_10/join/concat_dim")]
+    assert len(between) == 45 and not any("concat_dim" in name for name in between)
+    assert nodes["mixed_10/join"].inputs == ["mixed_10/join/concat_dim", *(f"mixed_10/{each}" for each in _SIX)]
+
+
+def test_the_public_structure_passes(nodes):
     check_structure(nodes)
+
+
+@pytest.mark.parametrize("scopes", [("mixed_9",), ("mixed_10",), ("mixed_9", "mixed_10")])
+def test_joins_of_joins_pass(scopes, nodes):
+    joins = b"".join(maker.nested(scope) for scope in scopes)
+    check_structure(nodes | read_graph(memoryview(joins)))
 
 
 @pytest.mark.parametrize("what", CHANGED)
@@ -223,8 +257,52 @@ def test_another_structure_under_the_same_constants_is_refused(what, nodes):
         check_structure(nodes | read_graph(memoryview(CHANGED[what])))
 
 
+# These compute the same features in another way: which of them the public graph has, no listing says.
+SAME_FEATURES = {
+    "products the other way round": maker.node("Mul", "Mul", ["Mul/y", "Sub"]),
+    "a pool without its check": maker.node("pool", "MaxPool", ["conv_2"], ksize=maker.integers((1, 3, 3, 1)), strides=maker.integers((1, 2, 2, 1)), padding=maker.word("VALID")),
+    "weights through identities": maker.node("a", "Identity", ["softmax/weights"]) + maker.node("softmax/logits/MatMul", "MatMul", ["pool_3/_reshape", "a"]),
+    "a padding where a window of 8 needs none": maker.node("pool_3", "AvgPool", ["mixed_10/join"], ksize=maker.integers((1, 8, 8, 1)), strides=maker.integers((1, 8, 8, 1)), padding=maker.word("SAME")),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def weights(made_inception):
+    return read_weights(made_inception.graph)
+
+
+def checked(nodes, weights):
+    inception_graph._check_network(weights.path, nodes, weights.layers, weights.classifier)
+
+
+@pytest.mark.parametrize("what", SAME_FEATURES)
+def test_another_structure_with_the_same_features_is_accepted(what, nodes, weights, caplog):
+    changed = nodes | read_graph(memoryview(SAME_FEATURES[what]))
+    checked(changed, weights)
+    assert largest_difference(changed, weights.layers, weights.classifier) < 1e-9
+    is_other = what in ("products the other way round", "a padding where a window of 8 needs none")
+    assert ("its structure is not that of classify_image_graph_def.pb" in caplog.text) == is_other
+
+
+@pytest.mark.parametrize(
+    "what", ["average in the last block", "epsilon", "another resize", "forks swapped", "a circle"]
+)
+def test_another_structure_with_other_features_is_refused(what, nodes, weights, caplog):
+    with pytest.raises(Malformed, match="features of a test picture differ by|depends on itself"):
+        checked(nodes | read_graph(memoryview(CHANGED[what])), weights)
+    assert not caplog.text
+
+
+def test_an_operation_that_the_public_graph_does_not_have_is_refused(nodes, weights):
+    with pytest.raises(Malformed, match="conv_1 is Relu6, which is no operation of this network"):
+        checked(nodes | read_graph(memoryview(CHANGED["no rectifier"])), weights)
+
+
 def test_another_network_is_refused_in_one_line(made_inception, tmp_path):
-    changed = made_inception.graph.read_bytes().replace(b"mixed_10/tower_2/pool", b"mixed_10/tower_2/poul", 1)
+    changed = made_inception.graph.read_bytes().replace(b"mixed_10/tower_2/pool", b"mixed_10/tower_2/poul")
+    (tmp_path / "other.pb").write_bytes(changed)
+    read_weights(tmp_path / "other.pb")  # another name of a node changes nothing
+    changed = made_inception.graph.read_bytes().replace(b"MaxPool", b"AvgPool")
     (tmp_path / "other.pb").write_bytes(changed)
     with pytest.raises(UserError, match=r"other.pb is not the frozen graph of Inception-v3: .*md5 e6bb154e"):
         read_weights(tmp_path / "other.pb")
@@ -257,7 +335,7 @@ def test_tensorflow_runs_no_torch_port(made_inception):
         (gzip.compress(b"x", mtime=0), "tar -xzf"),
         (b"\x00" * 64, "not the frozen graph"),
         (b"PK\x03\x04 and no more", "damaged or cut short"),
-        (maker.node("a", "NoOp"), "node Mul is missing"),
+        (maker.node("a", "NoOp"), "node conv/conv2d_params is missing"),
     ],
 )
 def test_files_that_are_something_else(content, says, tmp_path):

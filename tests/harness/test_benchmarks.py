@@ -68,3 +68,25 @@ def test_sampling_is_timed_beside_both_peers(tmp_path):
     assert ["diffusers" in row["against"] for row in found["rows"]] == [True, False, False]
     assert all(row["ratio_low"] <= row["ratio"] <= row["ratio_high"] for row in found["rows"])
     assert all(row["ours_images_per_second"] > 0 for row in found["rows"])
+
+
+def test_the_interval_of_a_median():
+    """Of 31 values the ranks 10 and 22 (Hahn & Meeker: at least 95 %); of few values all of them."""
+    cost = module("cost")
+    assert cost.median_interval([float(value) for value in range(31, 0, -1)]) == (16.0, 10.0, 22.0)
+    assert cost.median_interval([3.0, 1.0]) == (2.0, 1.0, 3.0)
+
+
+@pytest.mark.slow
+def test_tables_and_objectives_are_timed_beside_plain_ones(tmp_path):
+    words = ["--backbone", "dit-xs-4", "--batch", "2", "--steps", "5", "--runs", "2", "--threads", "1"]
+    out = tmp_path / "rows.json"
+    subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "cost.py"), *words, "--out", str(out)],
+        check=True, capture_output=True, timeout=300, cwd=tmp_path,
+    )  # fmt: skip
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["what"].partition(":")[0] for row in rows] == [
+        "torch, ddpm", "torch, ddim", "jax, ddpm", "jax, ddim", "torch, 5 training steps", "jax, 5 training steps",
+    ]  # fmt: skip
+    assert all(0 < row[clock]["low"] <= row[clock]["ratio"] <= row[clock]["high"] for row in rows for clock in ("wall", "processor"))  # fmt: skip

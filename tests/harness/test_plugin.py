@@ -6,18 +6,25 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import few_digits
 import numpy as np
 import pytest
+
+from harness import registry
 
 EXAMPLE = Path(__file__).parents[1] / "plugin_example"
 NAME, DISTRIBUTION = "convmixer-64-4", "backbone-harness-example"
 
 
 def harness(*words, cwd, path=()):
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    here = (
+        [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
+    )  # of the tree under test, if it is not installed
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [*path, *here])), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-m", "harness", *map(str, words)],
         capture_output=True,
@@ -146,6 +153,88 @@ def test_train_sample_evaluate_report_from_the_command_line(installed, place):
     assert done.returncode == 2 and f"unknown backbone '{NAME}'" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("framework", ["torch", pytest.param("torch,jax", marks=pytest.mark.slow)])
+def test_a_new_package_installs_passes_the_checks_and_trains(framework, place, tmp_path):
+    done = harness("new", "my-mixer", "--framework", framework, "--out", tmp_path / "mine", cwd=tmp_path)
+    assert done.returncode == 0 and "pip install -e" in done.stdout, done.stderr
+    (tmp_path / "build").mkdir()
+    site = pip_install(tmp_path / "mine", tmp_path / "build")
+    done = harness("check", "my-mixer", "--protocol", "digits", "--json", cwd=place, path=[site])
+    findings = json.loads(done.stdout)["findings"]
+    assert done.returncode == 0, findings
+    assert {each["framework"] for each in findings} >= set(framework.split(","))
+    words = ["--protocol", "few.toml", "--data", "digits.npz", "--precision", "float32"]
+    for each in framework.split(","):
+        out = ["--framework", each, "--out", tmp_path / each]
+        done = harness("train", "--backbone", "my-mixer", *words, *out, cwd=place, path=[site])
+        assert done.returncode == 0, done.stderr
+        assert len((tmp_path / each / "log.jsonl").read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dit-xl-2"], "'dit-xl-2' is taken by backbone-harness"),
+        (["2nd"], "cannot name a package"),
+        (["../mine"], "cannot name a package"),
+        (["mine", "--framework", "tensorflow"], "unknown framework 'tensorflow'"),
+        (["mine", "--out", "."], "exists already"),
+    ],
+)
+def test_what_new_refuses(words, message, tmp_path):
+    done = harness("new", *words, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+WRONG = """
+import torch
+from harness.spec import BackboneSpec
+DEFAULTS = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels": None}
+SPECS = tuple(
+    BackboneSpec(name=name, defaults=DEFAULTS, null_label="num_classes", builders={"torch": f"wrong:{address}"})
+    for name, address in {"takes-nothing": "TakesNothing", "subtracts-the-batch": "SubtractsTheBatch"}.items()
+)
+class TakesNothing(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+class SubtractsTheBatch(torch.nn.Module):
+    def __init__(self, input_size, in_channels, num_classes, out_channels):
+        super().__init__()
+        self.label = torch.nn.Embedding(num_classes + 1, 1)
+        self.out = torch.nn.Conv2d(in_channels, out_channels or 2 * in_channels, 1)
+    def forward(self, x, t, y):
+        condition = self.label(y)[:, :, None, None] + t[:, None, None, None] / 1000
+        return self.out(x - x.mean(0) + condition)
+"""
+
+
+def test_wrong_networks_are_refused_before_the_first_step_and_stop_no_others(place, tmp_path):
+    site = strangers(tmp_path / "site", "wrong-networks", {"wrong": "wrong:SPECS"}, {"wrong.py": WRONG})
+    words = ["--protocol", "few.toml", "--data", "digits.npz", "--precision", "float32", "--out", tmp_path / "run"]
+    for name, message in {
+        "takes-nothing": "its builder failed: TypeError: ",
+        "subtracts-the-batch": "fails the check 'images do not depend on each other'",
+    }.items():
+        done = harness("train", "--backbone", name, *words, cwd=place, path=[site])
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+        assert not (tmp_path / "run").exists()
+    done = harness("check", "subtracts-the-batch", "--json", cwd=place, path=[site])
+    assert done.returncode == 1 and json.loads(done.stdout)["from"] == "wrong-networks"
+    done = harness("flops", "--json", cwd=place, path=[site])
+    document = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    assert [each["name"] for each in document["refused"]] == ["takes-nothing"]
+    assert "subtracts-the-batch" in [row["name"] for row in document["rows"]]
+
+
+def test_the_example_passes_the_conformance_suite(installed, tmp_path):
+    done = harness("check", NAME, "--json", cwd=tmp_path, path=[installed])
+    findings = json.loads(done.stdout)["findings"]
+    assert done.returncode == 0 and len(findings) >= 14
+    assert [each["check"] for each in findings if each["status"] == "note"] == ["compute"]  # it is traced
+
+
 def test_what_the_example_refuses_is_one_line(installed, place):
     (place / "odd.toml").write_text((place / "few.toml").read_text().replace("= 8", "= 7"))
     done = harness(
@@ -202,6 +291,25 @@ def test_a_broken_plug_in_is_named_and_stops_nothing(kind, installed, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "group", ["protocols", "datasets", "samplers", "objectives", "features", "metrics", "suites", "systems"]
+)
+def test_an_item_of_another_type_is_named_and_stops_nothing(group, monkeypatch):
+    """As a package with a dictionary where a Protocol, Metric, ... belongs; in this process, because nine take long."""
+    wrong = type("Wrong", (), {"name": "wrong", "load": None})()
+    point = metadata.EntryPoint("entry", "typing:Any", f"harness.{group}")
+    load = type(point).load
+    monkeypatch.setattr(type(point), "load", lambda self: wrong if self.value == "typing:Any" else load(self))
+    installed_points = metadata.entry_points()
+    points = SimpleNamespace(select=lambda group: [*installed_points.select(group=group), point])
+    monkeypatch.setattr(registry, "_entry_points", lambda: points)
+    old = getattr(registry, group)
+    fresh = registry.Registry(old.group, old.noun, old._of)
+    assert fresh.names() and "wrong" not in fresh
+    (problem,) = fresh.problems
+    assert problem.entry_point == "entry = typing:Any" and "'wrong' is a Wrong, not a " in problem.reason
+
+
 @pytest.mark.parametrize("framework", ["torch", "jax"])
 def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
     """A package of two files brings both; they train, sample and stand in the records under their names."""
@@ -210,7 +318,7 @@ def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
         "--set",
         "objective=noise-minus-image",
         "--sampler",
-        "restarted",
+        "restarted:0.50",
         "--sampling-steps",
         "3",
         "--device",
@@ -225,7 +333,11 @@ def test_an_objective_and_a_sampler_of_a_package(framework, place, tmp_path):
     lines = (tmp_path / "run" / "records.jsonl").read_text().splitlines()
     record = json.loads(lines[0])
     assert record["training"]["objective"] == "noise-minus-image"
-    assert (record["sampling"]["sampler"], record["sampling"]["evaluations"]) == ("restarted", 3)
+    assert (record["sampling"]["sampler"], record["sampling"]["evaluations"]) == ("restarted:0.5", 3)
+    (samples,) = (tmp_path / "run" / "samples").iterdir()
+    assert "-restarted_0.5-3-n" in samples.name
+    side = json.loads((samples / "samples.json").read_text())
+    assert side["identity"]["sampling"]["sampler"] == "restarted:0.5"
     # without the package, one line that names what is missing
     done = harness("plan", "--backbone", "dit-xs-4", "--protocol", "few.toml", *settings, cwd=place)
     assert done.returncode == 2 and "noise-minus-image" in done.stderr and "Traceback" not in done.stderr

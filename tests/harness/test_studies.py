@@ -1,6 +1,7 @@
 """Studies: files read and refused, runs and their commands, and launchers that are killed."""
 
 import dataclasses
+import json
 import logging
 import os
 import signal
@@ -8,8 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from harness import protocols
+from harness.cli import group
 from harness.cli.run import command as run_command
 from harness.cli.train import command as train_command
 from harness.errors import UserError
@@ -145,6 +148,33 @@ def test_variants_train_and_sample_every_backbone_in_their_way(tmp_path):
         assert abs(run.steps * run.gflops_step / (60 * reference.gflops_step) - 1) <= 0.5 / run.steps
         options = run_command.make_context("run", list(run.commands[0][2:])).params
         assert request_from(RunOptions(**options)) == request
+
+
+def test_a_variant_is_named_wherever_its_run_is(tmp_path, monkeypatch, caplog):
+    """In the table and the JSON of --status, when the run begins and when it fails; a study without variants has no such column."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "variants.toml").write_text(VARIANTS.replace("seeds = [0, 1]", "seeds = [9]"))
+    monkeypatch.setitem(jobs.PROGRAMS, "harness", "stub_command")  # fails with the seed 9
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with caplog.at_level(logging.INFO, "harness"):
+        failed = CliRunner().invoke(group, ["study", "variants.toml"])
+    expansion = expand(load(tmp_path / "variants.toml"))
+    names = {run.name: variant for run, variant in zip(expansion.runs, ["paper"] * 2 + ["flow"] * 2, strict=True)}
+    for name, variant in names.items():
+        assert [text for text in caplog.messages if text.startswith(f"started {name} ({variant})  (log ")]
+        assert [text for text in caplog.messages if text.startswith(f"failed  {name} ({variant}): nine is too many")]
+        assert f"{name} ({variant}): nine is too many" in str(failed.exception)
+    shown = CliRunner().invoke(group, ["study", "variants.toml", "--status"]).output.splitlines()
+    assert shown[0].split()[:3] == ["run", "variant", "state"]
+    assert {tuple(line.split()[:3]) for line in shown[1:5]} == {(*each, "failed") for each in names.items()}
+    assert shown[5].startswith(f"{next(iter(names))} (paper): nine is too many")
+    found = json.loads(CliRunner().invoke(group, ["study", "variants.toml", "--status", "--json"]).output)
+    assert {row["name"]: row["variant"] for row in found["runs"]} == names
+    (tmp_path / "plain.toml").write_text(STUDY)
+    shown = CliRunner().invoke(group, ["study", "plain.toml", "--status"]).output
+    assert shown.splitlines()[0].split()[:2] == ["run", "state"] and "(" not in shown.splitlines()[1]
+    found = json.loads(CliRunner().invoke(group, ["study", "plain.toml", "--status", "--json"]).output)
+    assert all("variant" not in row for row in found["runs"])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from harness.cli import group
 from harness.data.load import load_data
 from harness.errors import UserError
 from harness.io.files import sha256_file
+from harness.pipeline.sample import sample
 from harness.pipeline.sample_system import sample_system
 from harness.pipeline.sidecar import read_fields
 from harness.pipeline.train import RunSession
@@ -192,7 +193,7 @@ def test_a_broken_file_is_refused_by_item(change, words):
         ({"base": Component(backbone="adm-xs", arguments=SMALL, eta=2.0)}, "base: eta 2 must lie in 0 to 1"),
         (
             {"base": Component(backbone="adm-xs", arguments=SMALL, guidance_scale=0.5)},
-            "guidance_scale 0.5 must be at least 1",
+            "guidance scale 0.5 is below 1; 1 samples with the labels",
         ),
         ({"base": Component(backbone="adm-xs", arguments=SMALL, conditioning_noise=0.1)}, "and 'adm-xs' is none"),
         ({"base": Component(backbone="adm-xs", arguments=SMALL, sampler="ddim-ldm", steps=300)}, "250 steps fit"),
@@ -304,12 +305,35 @@ OURS = [
 ]
 
 
-def test_a_run_with_scaled_noise_is_no_part_of_a_system(tmp_path):
+def test_a_run_with_scaled_noise_is_a_part_of_a_system(tmp_path):
+    """It is sampled with its own noise, and said if the system has another; without an item nothing changes."""
     settings = {"objective": "jit", "noise_scale": "2"}
     workshop(tmp_path / "scaled", request("adm-xs", steps=1, settings=settings, sampling={"sampler": "euler"})).train(1)
-    plain = replace(get_system("digits-guided"), name="plain", classifier=None)
-    with pytest.raises(UserError, match="trained with noise_scale 2, which a system does not have"):
-        load_parts(plain, {"base": tmp_path / "scaled"})
+    plain = replace(get_system("digits-guided"), name="plain", classifier=None, uint8_rule="dit")  # a run's
+    assert "noise_scale" not in json.dumps(get_system("digits-guided").as_dict())  # as in identities of before
+    flow = replace(plain, base=replace(plain.base, objective="x0", schedule="flow", sampler="euler", steps=3))
+    bound = load_parts(flow, {"base": tmp_path / "scaled"})
+    assert bound.notes == ("base: noise_scale 2.0, as its run was trained; the system has 1.0",)
+    assert bound.system.base.noise_scale == 2.0 and bound.system.base.plan().table.initial_noise == 2.0
+    said = replace(flow, base=replace(flow.base, noise_scale=2.0))
+    assert load_parts(said, {"base": tmp_path / "scaled"}).notes == ()
+    data = json.loads(json.dumps(said.as_dict()))
+    assert data["base"]["noise_scale"] == 2.0 and type(said).from_dict(data).as_dict() == said.as_dict()
+    path = sample_system(bound, folder=tmp_path, count=4, seed=0, precision="float32", batch=None, device="cpu")
+    side = json.loads(path.with_name("samples.json").read_text())
+    assert side["identity"]["system"]["base"]["noise_scale"] == 2.0 and side["record"]["training"]["noise_scale"] == 2.0
+    # the same run, sampled as a run, gives the same images
+    (own,) = sample(run=tmp_path / "scaled", sampler="euler", samples=4, sampling_steps=3, batch=4).samples
+    np.testing.assert_array_equal(read_samples(path).images, read_samples(own).images)
+    for change, words in (
+        ({"noise_scale": 2.0}, "noise_scale 2 needs a schedule in continuous time"),
+        ({"noise_scale": -1.0, "schedule": "flow"}, "noise_scale -1 must be positive"),
+    ):
+        with pytest.raises(UserError, match=words):
+            replace(plain, base=replace(plain.base, **change)).check()
+    scaled = replace(flow, classifier=replace(get_system("digits-guided").classifier, schedule="flow", noise_scale=2.0))
+    with pytest.raises(UserError, match="trained on noise of noise_scale 2.0, and the base that it guides has 1.0"):
+        scaled.check()
 
 
 @pytest.mark.parametrize("name", OURS)

@@ -272,7 +272,7 @@ def test_inspect_notices_damage_in_the_tensors(bare, state):
 @pytest.mark.parametrize("when", ["before it is hashed", "after it was hashed"])
 def test_a_file_that_changes_while_it_is_read_is_refused(when, bare, state, spec, monkeypatch, tmp_path):
     """The hash that is recorded is that of the tensors that are used."""
-    from harness.weights import load, transfer
+    from harness.weights import files
     from harness.weights.files import sha256
 
     def meanwhile(path):
@@ -281,8 +281,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(when, bare, state, spec
         path.with_name("other.pt").replace(path)
         return digest or sha256(path)
 
-    monkeypatch.setattr(load, "sha256", meanwhile)
-    monkeypatch.setattr(transfer, "sha256", meanwhile)
+    monkeypatch.setattr(files, "sha256", meanwhile)
     assert "was changed while it was read" in refused(lambda: load_into(spec.build(num_classes=10), bare, spec))
     assert "was changed while it was read" in refused(lambda: import_file(bare, tmp_path / "out.safetensors"))
     assert not (tmp_path / "out.safetensors").exists()

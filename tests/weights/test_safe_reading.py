@@ -6,8 +6,10 @@ import pickle
 import random
 import sys
 import types
+import warnings
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -183,13 +185,42 @@ def test_plain_pickles_and_programs_are_refused_by_what_they_are(tmp_path):
         with pytest.raises(UserError, match=message):
             open_file(path)
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("m/data.pkl", b"")
+        archive.writestr("m/data.pkl", pickle.dumps({"a": 1}, 2))
         archive.writestr("m/constants.pkl", b"")
         archive.writestr("m/code/m.py", b"")
-    with pytest.raises(UserError, match="TorchScript"):
+    with pytest.raises(UserError, match="a TorchScript archive without a module"):
         open_file(path)
     with pytest.raises(UserError, match="No such file"):
         open_file(tmp_path / "nowhere.pt")
+
+
+def test_of_a_torchscript_archive_the_tensors_are_read_and_nothing_is_run(tmp_path):
+    """As openai/CLIP publishes its weights."""
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(3, 4, 2, bias=False)
+            self.blocks = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)).half()
+            self.scale = torch.nn.Parameter(torch.arange(3.0))
+            self.register_buffer("size", torch.tensor(7))
+            self.number = 5
+
+        def forward(self, x):
+            return self.conv(x)
+
+    net = Inner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # newer versions of torch call it deprecated
+        torch.jit.script(net).save(tmp_path / "net.pt")
+    weights = open_weights(tmp_path / "net.pt")
+    weights.refuse_code()
+    expected = net.state_dict()
+    assert weights.container == "TorchScript" and weights.tensors.keys() == expected.keys()
+    for name, tensor in expected.items():
+        stored = weights.tensors[name]
+        np.testing.assert_array_equal(stored.read(), tensor.numpy())
+        assert stored.read().dtype == tensor.numpy().dtype
 
 
 def test_a_tensor_cannot_reach_beyond_its_bytes_nor_fill_the_memory(tmp_path):

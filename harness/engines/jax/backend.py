@@ -9,7 +9,7 @@ from flax import nnx
 
 from harness.autoencoders.load import Decoder
 from harness.data.examples import Examples
-from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.sampler_plan import AnyPlan
 from harness.engines.ema import parts
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
@@ -93,7 +93,7 @@ def make_sampler(
     request: Request,
     run: Run,
     weights: Path,  # a safetensors file
-    plan: SamplerPlan,
+    plan: AnyPlan,
     *,
     precision: str,
     batch: int,

@@ -19,7 +19,7 @@ class JitSettings(TypedDict, total=False):
     """The settings of jax.jit that the engine uses."""
 
     out_shardings: object  # a tree of shardings
-    static_argnums: int
+    static_argnums: int | tuple[int, ...]
     donate_argnums: int | tuple[int, ...]
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,15 +16,16 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.stages import Wrapped
 
-from backbones.flax_layers import set_compute_dtype
-from backbones.flax_weights import from_torch
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.diffusion.guidance import Guidance
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_rows
+from harness.diffusion.sampler_plan import AnyPlan, guided_rows
 from harness.engines.guidance import divergence_error
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
+from harness.engines.jax.network import CALL_SECONDS, LESS_MEMORY, Network
+from harness.engines.jax.ode import JaxOdeStage
 from harness.engines.jax.plan_arrays import PlanArrays, PlanForm, split_plan
 from harness.engines.jax.sampler import (
     Carry,
@@ -36,7 +37,7 @@ from harness.engines.jax.sampler import (
     predicted_image,
     sample_steps,
 )
-from harness.engines.jax.trainer import COMPUTE_DTYPES, matmul_context
+from harness.engines.jax.trainer import matmul_context
 from harness.errors import RunError
 from harness.protocols import UINT8_RULES, Sampling
 from harness.randomness import Purpose
@@ -45,36 +46,7 @@ from harness.randomness.threefry_jax import Words, words
 from harness.runs import checkpoints
 from harness.spec import BackboneSpec
 
-CALL_SECONDS = 0.5  # of one call of the device, about: it runs as many steps as fit
 States: TypeAlias = tuple[nnx.State, nnx.State | None]  # weights of the network, and of a classifier
-LESS_MEMORY = "take smaller batches: --batch N of `harness sample`, --sampling-batch N of `harness run`"
-
-
-class Network(NamedTuple):
-    """A network in two parts: its structure, and its weights on the devices."""
-
-    graph: nnx.GraphDef
-    state: nnx.State
-
-    @classmethod
-    def load(
-        cls,
-        spec: BackboneSpec,
-        arguments: Mapping[str, Any],
-        weights: Mapping[str, np.ndarray],
-        precision: str,
-        mesh: Mesh,
-    ) -> Network:
-        """The network of `spec` with `weights`, arrays by torch's names.
-
-        The network is built without weights, so that memory holds them only once.
-        """
-        net = nnx.eval_shape(lambda: spec.build("jax", **arguments))
-        set_compute_dtype(net, COMPUTE_DTYPES[precision])
-        state = from_torch(net, weights)
-        graph, _ = nnx.split(net)
-        with errors_in_one_line(f"loading the weights of {spec.name}", "take a smaller backbone, or another --device"):
-            return cls(graph, devices.to_device(state, devices.weight_shardings(mesh, state)))
 
 
 def load_weights(path: Path) -> dict[str, np.ndarray]:
@@ -265,7 +237,7 @@ class JaxChain:
 
     def __init__(
         self,
-        stages: Sequence[JaxStage],
+        stages: Sequence[JaxStage | JaxOdeStage],
         decode: Callable[[np.ndarray], np.ndarray] | None,  # latents (N, C, h, w) -> images (N, 3, H, W)
         *,
         seed: int,
@@ -277,7 +249,12 @@ class JaxChain:
         self._seed, self._rule, self._mesh = seed, uint8_rule, mesh
         # The batch, rounded up to a multiple of the number of devices.
         self._size = -(-batch // mesh.devices.size) * mesh.devices.size
-        self.evaluations = sum(stage.evaluations for stage in stages)
+        self.evaluations: int | None = (
+            None  # an adaptive stage is the only one: see `harness.systems.spec.System.check`
+        )
+        if not isinstance(self._stages[0], JaxOdeStage):
+            self.evaluations = sum(stage.evaluations for stage in stages if stage.evaluations is not None)
+        self.counts = np.zeros(0, np.int64)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
@@ -309,6 +286,8 @@ class JaxChain:
             x = devices.gather(last)[: len(index)]  # (N, C, H, W)
             first += stage.rows
         assert x is not None  # there is at least one stage
+        if isinstance(stage, JaxOdeStage):
+            self.counts = stage.counts[: len(index)]
         return self._to_images(x), predicted
 
     def _to_images(self, x: np.ndarray) -> np.ndarray:
@@ -321,7 +300,7 @@ class JaxChain:
 def make_run_sampler(
     spec: BackboneSpec,
     net: Network,
-    plan: SamplerPlan,
+    plan: AnyPlan,
     sampling: Sampling,
     *,
     arguments: Mapping[str, Any],
@@ -331,11 +310,15 @@ def make_run_sampler(
     decode: Callable[[np.ndarray], np.ndarray] | None = None,  # latents (N, C, h, w) -> images (N, 3, H, W)
 ) -> JaxChain:
     """The sampler of one network under one plan, and under the guidance of `sampling`."""
-    stage = JaxStage(
-        spec, net, plan, arguments=arguments, precision=precision, mesh=mesh,
-        guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
-        guidance_channels=sampling.guidance_channels,
-    )  # fmt: skip
+    settings: dict[str, Any] = {
+        "arguments": arguments, "precision": precision, "mesh": mesh, "guidance_scale": sampling.guidance_scale,
+        "guidance_interval": sampling.guidance_interval, "guidance_channels": sampling.guidance_channels,
+    }  # fmt: skip
+    stage: JaxStage | JaxOdeStage
+    if isinstance(plan, AdaptivePlan):
+        stage = JaxOdeStage(spec, net, plan, **settings)
+    else:
+        stage = JaxStage(spec, net, plan, **settings)
     return JaxChain([stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, mesh=mesh, batch=batch)
 
 

@@ -5,14 +5,19 @@ Weight files have the shapes of the torch networks and are read into those first
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from jax.sharding import Mesh
 
 from harness.autoencoders.load import Decoder
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.jax import mesh as devices
+from harness.engines.jax.network import Network
+from harness.engines.jax.ode import JaxOdeStage
 from harness.engines.jax.resolve import refuse_torch_options
-from harness.engines.jax.sampling import JaxChain, JaxStage, Network
+from harness.engines.jax.sampling import JaxChain, JaxStage
 from harness.systems.binding import LoadedSystem, Source, read_network
 from harness.systems.spec import Component, GuidanceClassifier
 
@@ -52,24 +57,29 @@ def make_chain(
     classifier = None
     if system.classifier is not None:
         classifier = network(system.classifier, loaded.sources["classifier"])
-    stages = [
-        JaxStage(
+
+    def stage_of(number: int, stage: Component, source: Source) -> JaxStage | JaxOdeStage:
+        """The sampler of component `number` of the system, with the weights of `source`."""
+        net, plan = network(stage, source), stage.plan()
+        settings: dict[str, Any] = {
+            "arguments": stage.spec.arguments(**stage.build_arguments()), "precision": precision, "mesh": mesh,
+            "guidance_scale": stage.guidance_scale, "guidance_interval": stage.guidance_interval,
+            "guidance_channels": stage.guidance_channels,
+        }  # fmt: skip
+        if isinstance(plan, AdaptivePlan):
+            return JaxOdeStage(stage.spec, net, plan, **settings)
+        return JaxStage(
             stage.spec,
-            network(stage, source),
-            stage.plan(),
-            arguments=stage.spec.arguments(**stage.build_arguments()),
-            precision=precision,
-            mesh=mesh,
-            guidance_scale=stage.guidance_scale,
-            guidance_interval=stage.guidance_interval,
-            guidance_channels=stage.guidance_channels,
+            net,
+            plan,
+            **settings,
             classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
             number=number,
         )
-        for number, (stage, source) in enumerate(loaded.components)
-    ]
+
+    stages = [stage_of(number, stage, source) for number, (stage, source) in enumerate(loaded.components)]
 
     def decode(latents: np.ndarray) -> np.ndarray:  # latents (N, C, h, w) -> images (N, 3, H, W)
         assert decoder is not None

@@ -51,7 +51,7 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> nnx.Modul
     The key of that generator is drawn from `harness.randomness` with `seed`.
     """
     with errors_in_one_line(f"the initialisation of {spec.name}", "choose a smaller backbone"):
-        return spec.builder("jax")(**spec.arguments(**arguments), rngs=initial_rngs(seed))
+        return spec.call_builder(spec.builder("jax"), **spec.arguments(**arguments), rngs=initial_rngs(seed))
 
 
 def split(net: nnx.Module) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -128,7 +128,7 @@ class JaxEngine:
 
             def loss(params: nnx.State) -> tuple[Array, tuple[Array, nnx.State]]:
                 net = nnx.merge(graph, params, rest)
-                call = partial(net, **_dropout_rngs(net, batch.key))
+                call = partial(net, **dropout_rngs(net, batch.key))
                 x0 = self._to_model_input(
                     batch.stored, partial(random.normal, seed, Purpose.POSTERIOR, batch.positions, 0)
                 )
@@ -245,14 +245,14 @@ class JaxEngine:
     def _arrays(state: nnx.State) -> dict[str, np.ndarray]:
         """Whole arrays on the host, by torch's names and in torch's shapes, in every process. All must call this."""
         with errors_in_one_line("reading the weights from the devices", LESS_MEMORY):
-            return state_to_torch(_without_rngs(state), devices.gather)
+            return state_to_torch(without_rngs(state), devices.gather)
 
     def load(self, part: str, path: Path) -> None:
         weights = dict(checkpoints.tensors(path))
         state = self._state
         try:
             if part == "model":
-                merged = state_from_torch(_without_rngs(nnx.merge_state(state.params, state.rest)), weights)
+                merged = state_from_torch(without_rngs(nnx.merge_state(state.params, state.rest)), weights)
                 params, rest = nnx.split_state(merged, nnx.Param, ...)
                 rest = nnx.merge_state(state.rest, rest)  # the keys of generators are not in the file
                 self._state = state._replace(
@@ -260,7 +260,7 @@ class JaxEngine:
                     rest=devices.to_device(rest, self._shardings.rest),
                 )
             elif part == "ema":
-                merged = state_from_torch(_without_rngs(nnx.merge_state(state.averages["ema"], state.rest)), weights)
+                merged = state_from_torch(without_rngs(nnx.merge_state(state.averages["ema"], state.rest)), weights)
                 params, _ = nnx.split_state(merged, nnx.Param, ...)  # the rest is loaded with "model"
                 self._replace_average(part, params)
             elif part in state.averages:
@@ -303,7 +303,7 @@ def matmul_context(precision: str) -> AbstractContextManager[object]:
     return jax.default_matmul_precision("highest") if precision == "float32" else nullcontext()
 
 
-def _dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
+def dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
     """The keyword arguments of a call of `net`: {"rngs": generator of dropout} if it takes one, else {}.
 
     key: uint32 (2,), of that generator.
@@ -313,6 +313,6 @@ def _dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
     return {"rngs": nnx.Rngs(dropout=jax.random.wrap_key_data(key, impl="threefry2x32"))}
 
 
-def _without_rngs(state: nnx.State) -> nnx.State:
+def without_rngs(state: nnx.State) -> nnx.State:
     """The state without its generators, which checkpoints do not hold."""
     return nnx.filter_state(state, nnx.Not(nnx.RngState))

@@ -10,7 +10,7 @@ import torch
 from harness.autoencoders.load import Decoder
 from harness.compute.activations import activation_bytes
 from harness.data.examples import Examples
-from harness.diffusion.plans import SamplerPlan
+from harness.diffusion.sampler_plan import AnyPlan
 from harness.engines.ema import parts
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import parallel, resolve
@@ -84,7 +84,7 @@ def make_sampler(
     request: Request,
     run: Run,
     weights: Path,  # a safetensors file
-    plan: SamplerPlan,
+    plan: AnyPlan,
     *,
     precision: str,
     batch: int,

@@ -202,7 +202,7 @@ class Bench:
         index = np.arange(images)
         labels = index % max(self.arguments["num_classes"], 1)  # all 0 if the network has no classes
         return self.row(
-            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.evaluations * copies,
+            "sampling", lambda: sampler.draw(index, labels), 2 * self.macs * plan.advances * copies,
             images=images, micro_batch=images * copies,
             note=f"{self.sampler_steps} steps" + ("" if null is None else f", guidance {scale:g}"),
         )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any
 
@@ -18,9 +19,11 @@ from harness.engines.memory import (
     state_bytes,
 )
 from harness.engines.torch import compiling, parallel, process_group
-from harness.errors import UserError
+from harness.errors import RunError, UserError, one_line
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")  # that `--precision auto` chooses from
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -140,22 +143,24 @@ def measure_here(
     inputs = inputs_of(kind, images, arguments, device)
     best = float("inf")
     buffers = [buffer.clone() for buffer in net.buffers()]
-    for repeat in range(repeats + 1):
-        begin = time.perf_counter()
-        with autocast(device, precision):
-            loss = net(*inputs).float().square().mean()
-        loss.backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - begin
-        if repeat or not repeats:  # the first pass only warms up, unless it is the only one
-            best = min(best, seconds)
-        if seconds > LONG_SECONDS:
-            best = min(best, seconds)
-            break
-    net.zero_grad(set_to_none=True)
-    for buffer, before in zip(net.buffers(), buffers, strict=True):  # such as running statistics, which forward changes
-        buffer.copy_(before)
+    try:
+        for repeat in range(repeats + 1):
+            begin = time.perf_counter()
+            with autocast(device, precision):
+                loss = net(*inputs).float().square().mean()
+            loss.backward()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            seconds = time.perf_counter() - begin
+            if repeat or not repeats:  # the first pass only warms up, unless it is the only one
+                best = min(best, seconds)
+            if seconds > LONG_SECONDS:
+                best = min(best, seconds)
+                break
+    finally:
+        net.zero_grad(set_to_none=True)
+        for buffer, before in zip(net.buffers(), buffers, strict=True):  # such as running statistics
+            buffer.copy_(before)
     return best / images
 
 
@@ -197,15 +202,24 @@ def set_arithmetic(device: torch.device, precision: str) -> None:
 def _seconds_by_precision(
     net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precisions: list[str], kind: str,
 ) -> dict[str, float]:  # fmt: skip
-    """Precision -> seconds of training on one image with all processes at work. All processes must call this."""
+    """Precision -> seconds of training on one image with all processes at work. All processes must call this.
+
+    A precision in which the network fails, such as bfloat16 in an operation without it, is left out if another one works.
+    """
     processes = process_group.size()
     seconds: dict[str, float] = {}
     for precision in precisions:
         local_seconds = None  # of one image in one process, the slowest; None: to be measured
-        if seconds:
-            other_seconds = min(seconds.values()) * processes  # of one image in one process, too
-            local_seconds = seconds_if_far_slower(net, arguments, device, precision, kind, other_seconds)
-        local_seconds = local_seconds or measure(net, images, arguments, device, precision, kind)
+        try:
+            if seconds:
+                other_seconds = min(seconds.values()) * processes  # of one image in one process, too
+                local_seconds = seconds_if_far_slower(net, arguments, device, precision, kind, other_seconds)
+            local_seconds = local_seconds or measure(net, images, arguments, device, precision, kind)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            if not seconds or isinstance(error, (RunError, torch.OutOfMemoryError)):
+                raise
+            logger.info(f"  {precision} is left out: the network fails in it with {one_line(error)}")
+            continue
         seconds[precision] = local_seconds / processes
     return seconds
 

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from harness.diffusion import adaptive
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.diffusion.guidance import Guidance
 from harness.diffusion.plans import SamplerPlan
-from harness.diffusion.sampler_plan import guided_rows
+from harness.diffusion.sampler_plan import AnyPlan, guided_rows
 from harness.engines.torch.compiling import check_available, compile_sampler
+from harness.engines.torch.ode import solve
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import classifier_guide, guided, sample_loop
 from harness.errors import RunError, UserError
@@ -47,6 +50,45 @@ def load_weights(net: torch.nn.Module, path: Path) -> torch.nn.Module:
     return net
 
 
+class _CalledNetwork:
+    """A network on its device, called with as many images at once as suit it."""
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: torch.nn.Module,
+        *,
+        arguments: dict[str, Any],
+        precision: str,
+        device: torch.device,
+        compile: str,  # "on" or "off"
+    ):
+        self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
+        if compile == "on":
+            check_available(device)
+            self._net = compile_sampler(net, device)
+        self._precision, self._device = precision, device
+        self._max_images: int | None = None  # in one call of the network; None: any number
+        if device.type == "cpu":
+            self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1)))
+        self.equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
+
+    def call_count(self, count: int) -> int:
+        """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
+        if self._max_images is None:
+            return 1
+        calls = max(1, math.ceil(count / self._max_images))
+        while self.equal_sizes and count % calls:
+            calls += 1
+        return calls
+
+    def __call__(self, calls: int, *arguments: torch.Tensor) -> torch.Tensor:
+        """The network's output float32, computed in `calls` calls. arguments: its inputs, with the images first."""
+        inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
+        with autocast(self._device, self._precision):
+            return torch.cat([self._net(*part).float() for part in inputs])
+
+
 class TorchStage:
     """A denoiser or an upsampler under one plan, with classifier-free guidance or guided by a classifier."""
 
@@ -68,31 +110,15 @@ class TorchStage:
         number: int = 0,  # of the stage: 0 is the base, 1 the first upsampler
         compile: str = "off",  # or "on"
     ):
-        self._net: Callable[..., torch.Tensor] = net.to(device).eval().requires_grad_(False)
-        if compile == "on":
-            check_available(device)
-            self._net = compile_sampler(net, device)
+        self._net = _CalledNetwork(spec, net, arguments=arguments, precision=precision, device=device, compile=compile)
         self._classifier = None if classifier is None else classifier.to(device).eval().requires_grad_(False)
         self._plan, self._precision, self._device, self._stage_number = plan, precision, device, number
         self._guided_rows = guided_rows(plan, Guidance(guidance_scale, guidance_interval))
         self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
         self._classifier_scale, self._conditioning_noise = classifier_scale, conditioning_noise
         self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
-        self._max_images: int | None = None  # in one call of the network; None: any number
-        if device.type == "cpu":
-            self._max_images = max(1, int(CALL_MACS / max(spec.count(**arguments).macs, 1)))
-        self._equal_sizes = compile == "on"  # all calls with equally many images: each new size would be compiled anew
         self.evaluations = plan.evaluations + int(self._guided_rows.sum())
         self.rows = plan.evaluations  # of the plan
-
-    def _call_count(self, count: int) -> int:
-        """The number of network calls for `count` images: as few as CALL_MACS allows; equal in size if compiled."""
-        if self._max_images is None:
-            return 1
-        calls = max(1, math.ceil(count / self._max_images))
-        while self._equal_sizes and count % calls:
-            calls += 1
-        return calls
 
     def draw(
         self,
@@ -123,13 +149,11 @@ class TorchStage:
             arguments = [x, t, y]
             if low_res is not None:
                 arguments.append(low_res.repeat(len(x) // len(low_res), 1, 1, 1))  # guidance doubles the batch
-            calls = self._call_count(len(x))
-            if self._equal_sizes and self._guided_rows.any() and not self._guided_rows.all():
+            calls = self._net.call_count(len(x))
+            if self._net.equal_sizes and self._guided_rows.any() and not self._guided_rows.all():
                 # A guided row has twice the images of another, and is computed in twice as many calls.
-                calls = len(x) // len(index) * self._call_count(len(index))
-            inputs = zip(*(tensor.tensor_split(calls) for tensor in arguments), strict=True)
-            with autocast(self._device, self._precision):
-                return torch.cat([self._net(*part).float() for part in inputs])
+                calls = len(x) // len(index) * self._net.call_count(len(index))
+            return self._net(calls, *arguments)
 
         def logits(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
             assert self._classifier is not None
@@ -145,6 +169,70 @@ class TorchStage:
             guide=None if self._classifier is None else classifier_guide(logits, y, self._classifier_scale),
             watch=lambda k, x0: watch(x0) if k in rows else None,
         )
+
+
+class TorchOdeStage:
+    """A denoiser under an adaptive plan, with or without classifier-free guidance."""
+
+    evaluations = None  # each image has its own
+    rows = adaptive.PROGRESS_UNITS
+
+    def __init__(
+        self,
+        spec: BackboneSpec,
+        net: torch.nn.Module,
+        plan: AdaptivePlan,
+        *,
+        arguments: dict[str, Any],
+        precision: str,
+        device: torch.device,
+        guidance_scale: float = 1.0,
+        guidance_interval: str = "",  # of noise levels; "": guidance at all
+        guidance_channels: str = "all",
+        compile: str = "off",  # or "on"
+    ):
+        self._net = _CalledNetwork(spec, net, arguments=arguments, precision=precision, device=device, compile=compile)
+        self._plan, self._precision, self._device = plan, precision, device
+        self._segments = plan.segments(Guidance(guidance_scale, guidance_interval))
+        self._guidance = (guidance_scale, guidance_channels, spec.null_index(arguments["num_classes"]))
+        self._shape = (arguments["in_channels"], arguments["input_size"], arguments["input_size"])
+        self.counts = np.zeros(0, np.int64)  # (N,): network evaluations of the images of the last `draw`
+
+    def draw(
+        self,
+        seed: int,
+        index: torch.Tensor,
+        y: torch.Tensor,
+        low_res: torch.Tensor | None,
+        advance: Callable[[], None],
+        rows: Sequence[int] = (),
+        watch: Callable[[torch.Tensor], None] = lambda x0: None,
+    ) -> torch.Tensor:
+        """Images, or latents of a latent-space network: float32 (N, C, H, W). Arguments as of `TorchStage.draw`.
+
+        low_res: None, and rows: empty, because no upsampler has this sampler and it has no rows. `advance` is called
+        PROGRESS_UNITS times.
+        """
+        assert low_res is None and not rows
+        set_arithmetic(self._device, self._precision)
+        scale, rule, null_label = self._guidance
+
+        def predict(x: torch.Tensor, t: torch.Tensor, which: torch.Tensor, is_guided: bool) -> torch.Tensor:
+            count = len(x)
+            if self._net.equal_sizes and count < len(index):  # fill up the batch, so as not to compile anew
+                filled = torch.arange(len(index), device=x.device).clamp(max=count - 1)
+                x, t, which = x[filled], t[filled], which[filled]
+            net = guided(
+                lambda x, t, y: self._net(self._net.call_count(len(x)), x, t, y), y[which],
+                scale if is_guided else 1.0, rule, null_label,
+            )  # fmt: skip
+            return net(x, t, 0)[:count]
+
+        progress = adaptive.Progress(advance)
+        x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape)  # (N, C, H, W)
+        x, self.counts = solve(predict, self._plan, self._segments, x, progress.reach)
+        progress.reach(1.0)
+        return x
 
 
 class TorchGenerator:
@@ -194,7 +282,7 @@ class TorchSampler:
         self,
         spec: BackboneSpec,
         net: torch.nn.Module,
-        plan: SamplerPlan,
+        plan: AnyPlan,
         sampling: Sampling,
         *,
         arguments: dict[str, Any],
@@ -204,16 +292,26 @@ class TorchSampler:
         compile: str = "off",
         batch: int | None = None,  # if compiled, a smaller batch is filled up to this size, so as not to compile anew
     ):
-        stage = TorchStage(
-            spec, net, plan, arguments=arguments, precision=precision, device=device,
-            guidance_scale=sampling.guidance_scale, guidance_interval=sampling.guidance_interval,
-            guidance_channels=sampling.guidance_channels, compile=compile,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "arguments": arguments, "precision": precision, "device": device, "compile": compile,
+            "guidance_scale": sampling.guidance_scale, "guidance_interval": sampling.guidance_interval,
+            "guidance_channels": sampling.guidance_channels,
+        }  # fmt: skip
+        stage: TorchStage | TorchOdeStage
+        if isinstance(plan, AdaptivePlan):
+            stage = TorchOdeStage(spec, net, plan, **settings)
+        else:
+            stage = TorchStage(spec, net, plan, **settings)
         self._chain = TorchChain(
             [stage], decode, seed=sampling.seed, uint8_rule=sampling.uint8_rule, device=device,
             fill=batch if compile == "on" else None,
         )  # fmt: skip
         self.evaluations = self._chain.evaluations
+
+    @property
+    def counts(self) -> np.ndarray:
+        """See `harness.engines.interfaces.Sampler`."""
+        return self._chain.counts
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
@@ -235,7 +333,7 @@ class TorchChain:
 
     def __init__(
         self,
-        stages: Sequence[TorchStage | TorchGenerator],
+        stages: Sequence[TorchStage | TorchOdeStage | TorchGenerator],
         decode: Callable[[torch.Tensor], torch.Tensor] | None,  # latents (N, C, h, w) -> images (N, 3, H, W)
         *,
         seed: int,
@@ -245,7 +343,12 @@ class TorchChain:
     ):
         self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device
-        self.evaluations = sum(stage.evaluations for stage in stages)
+        self.evaluations: int | None = (
+            None  # an adaptive stage is the only one: see `harness.systems.spec.System.check`
+        )
+        if not isinstance(self._stages[0], TorchOdeStage):
+            self.evaluations = sum(stage.evaluations for stage in stages if stage.evaluations is not None)
+        self.counts = np.zeros(0, np.int64)
 
     def draw(self, index: np.ndarray, labels: np.ndarray, advance: Callable[[], None] = lambda: None) -> np.ndarray:
         """Images uint8 (N, H, W, C) of sample indices int64 (N,) with labels int64 (N,)."""
@@ -274,6 +377,8 @@ class TorchChain:
             )  # (N, C, H, W)  # fmt: skip
             first += stage.rows
         assert x is not None  # there is at least one stage
+        if isinstance(stage, TorchOdeStage):
+            self.counts = stage.counts[:batch]
         return self._to_images(x[:batch]), predicted
 
     def _to_images(self, x: torch.Tensor) -> np.ndarray:

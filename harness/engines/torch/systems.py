@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from harness.autoencoders.load import Decoder
+from harness.diffusion.adaptive import AdaptivePlan
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.torch import resolve
-from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchStage
+from harness.engines.torch.sampling import TorchChain, TorchGenerator, TorchOdeStage, TorchStage
 from harness.systems.binding import LoadedSystem, read_network
 from harness.systems.spec import Component
 
@@ -36,7 +39,7 @@ def make_chain(
     if system.classifier is not None:
         classifier = read_network(system.classifier, loaded.sources["classifier"]).to(target)
 
-    def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchGenerator:
+    def stage_of(number: int, stage: Component, net: torch.nn.Module) -> TorchStage | TorchOdeStage | TorchGenerator:
         """The sampler of component `number` of the system, with `net`, its network."""
         arguments = stage.spec.arguments(**stage.build_arguments())
         if stage.spec.kind == "generator":
@@ -47,21 +50,23 @@ def make_chain(
                 precision=precision,
                 device=target,
             )
+        plan = stage.plan()
+        settings: dict[str, Any] = {
+            "arguments": arguments, "precision": precision, "device": target, "compile": compile,
+            "guidance_scale": stage.guidance_scale, "guidance_interval": stage.guidance_interval,
+            "guidance_channels": stage.guidance_channels,
+        }  # fmt: skip
+        if isinstance(plan, AdaptivePlan):
+            return TorchOdeStage(stage.spec, net, plan, **settings)
         return TorchStage(
             stage.spec,
             net,
-            stage.plan(),
-            arguments=arguments,
-            precision=precision,
-            device=target,
-            guidance_scale=stage.guidance_scale,
-            guidance_interval=stage.guidance_interval,
-            guidance_channels=stage.guidance_channels,
+            plan,
+            **settings,
             classifier=classifier if number == 0 else None,  # it guides the base alone
             classifier_scale=system.classifier.scale if system.classifier is not None else 0.0,
             conditioning_noise=stage.conditioning_noise,
             number=number,
-            compile=compile,
         )
 
     stages = [

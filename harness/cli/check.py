@@ -1,0 +1,77 @@
+"""`harness check`: the conformance suite of backbones."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from harness import registry
+from harness.cli.flags_from_settings import json_option
+from harness.errors import UserError
+from harness.io.progress import Bar
+from harness.spec import FRAMEWORKS
+
+
+@click.command("check")
+@click.argument("name", metavar="BACKBONE")
+@click.option(
+    "--framework", type=click.Choice(FRAMEWORKS), help="[default: all that the backbone has and are installed]"
+)
+@click.option("--protocol", metavar="NAME|FILE.toml", help="Check at the input of this protocol. [default: digits]")
+@json_option
+def command(name: str, framework: str | None, protocol: str | None, as_json: bool) -> None:
+    """Check that a backbone does what training, sampling and counting rely on. Exit code 1 if a check fails.
+
+    Among others: shapes over sizes, channels and classes; no image depends on its batch; label and time matter; every
+    parameter gets a gradient; saving and loading; the closed form of its compute against the traced count; torch against
+    JAX. Built-in backbones pass the same checks.
+    """
+    from harness.conformance.suite import check_backbone, count_checks
+    from harness.frameworks.installed import check_installed
+    from harness.protocols import get_protocol
+    from harness.runs.run import build_arguments
+
+    spec = registry.backbones.get(name)
+    frameworks = [framework] if framework else [each for each in FRAMEWORKS if each in spec.builders and _has(each)]
+    if not frameworks:
+        raise UserError(f"backbone {name!r} is for {', '.join(spec.builders)}, which is not installed here")
+    for each in frameworks:
+        check_installed(each)
+        spec.builder(each)  # refuses a framework that the backbone lacks
+    arguments = {}
+    if protocol:
+        loaded = get_protocol(protocol)
+        arguments = build_arguments(spec, loaded, 2 * loaded.in_channels)
+    findings = []
+    with Bar(f"check {name}", count_checks(frameworks), "checks") as bar:
+        for finding in check_backbone(spec, frameworks, arguments):
+            findings.append(finding)
+            bar.advance(1, finding.check)
+    if as_json:
+        document = {
+            "backbone": name,
+            "from": registry.backbones.owner(name),
+            "findings": [f._asdict() for f in findings],
+        }
+        click.echo(json.dumps(document, indent=2))
+    else:
+        for found in findings:
+            label = {"ok": "  ok  ", "note": " note ", "failed": "FAILED"}[found.status]
+            details = f"\n        {found.message}" if found.message else ""
+            click.echo(f"{label} {found.framework}: {found.check}{details}")
+        failed = sum(found.status == "failed" for found in findings)
+        click.echo(f"{name}: {len(findings)} checks, {failed} failed")
+    if any(found.status == "failed" for found in findings):
+        raise SystemExit(1)
+
+
+def _has(framework: str) -> bool:
+    """Whether the framework is installed."""
+    from harness.frameworks.installed import check_installed
+
+    try:
+        check_installed(framework)
+    except UserError:
+        return False
+    return True
