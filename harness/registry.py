@@ -19,7 +19,7 @@ from importlib import metadata
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from harness.errors import LONGEST_SHOWN, UserError, shown
-from harness.spec import BackboneSpec, load_attribute
+from harness.spec import BackboneSpec
 
 Item = TypeVar("Item")
 
@@ -39,10 +39,10 @@ class Registry(Generic[Item]):
     """Items by name, from one entry-point group and from `register`. A name cannot be registered twice.
 
     group: of the entry points, which are loaded at first use. noun: what an item is called in messages. of: the type of the
-    items, or its "module:attribute". problems: the plug-ins that failed to load.
+    items; None: that of the first one, which is built in. problems: the plug-ins that failed to load.
     """
 
-    def __init__(self, group: str, noun: str, of: type | str):
+    def __init__(self, group: str, noun: str, of: type | None = None):
         self.group = group
         self.noun = noun
         self.problems: list[Problem] = []
@@ -58,12 +58,12 @@ class Registry(Generic[Item]):
         type, or with a name that is taken; the items before that one stay registered.
         """
         self._load()  # first, so that no name of a built-in item can be taken
-        of: Any = load_attribute(self._of, f"the type of a {self.noun}") if isinstance(self._of, str) else self._of
-        for each in _items(item, of):
+        for each in _items(item, self._of):
             name = getattr(each, "name", None)
             if not isinstance(name, str) or not name:
                 raise UserError(f"{owner}: {each!r} has no name; a {self.noun} needs one")
-            if not isinstance(each, of):
+            self._of = of = self._of or type(each)
+            if not issubclass(type(each), of):
                 raise UserError(f"{owner}: {name!r} is a {type(each).__name__}, not a {of.__name__}")
             if name in self._items:
                 taken = self._owners[name]
@@ -133,10 +133,11 @@ def unknown(noun: str, name: str, known: Iterable[str]) -> str:
     return f"unknown {noun} {shown(name)}; {hint}"
 
 
-def _items(thing: object, of: type) -> list[Any]:
+def _items(thing: object, of: type | None) -> list[Any]:
     """The items in an entry point's attribute: `thing`, its elements, or what it returns (see the module's docstring)."""
     # A class, an instance of `of` and an object with an attribute `name` are items even though they can be called.
-    if callable(thing) and not isinstance(thing, type) and not isinstance(thing, of) and not hasattr(thing, "name"):
+    is_item = isinstance(thing, of or type) or hasattr(thing, "name")
+    if callable(thing) and not isinstance(thing, type) and not is_item:
         thing = thing()
     if isinstance(thing, dict):
         thing = list(thing.values())
@@ -148,11 +149,11 @@ def _distribution(point: metadata.EntryPoint) -> str:
 
 
 backbones: Registry[BackboneSpec] = Registry("harness.backbones", "backbone", BackboneSpec)
-protocols: Registry[Any] = Registry("harness.protocols", "protocol", "harness.protocols:Protocol")
-datasets: Registry[Any] = Registry("harness.datasets", "dataset", "harness.data:DatasetSpec")
-samplers: Registry[Any] = Registry("harness.samplers", "sampler", "harness.diffusion.samplers:SamplerSpec")
-objectives: Registry[Any] = Registry("harness.objectives", "objective", "harness.diffusion.objectives:Objective")
-features: Registry[Any] = Registry("harness.features", "feature extractor", "evaluators.features.spec:FeatureSpec")
-metrics: Registry[Any] = Registry("harness.metrics", "metric", "evaluators.metrics:Metric")
-suites: Registry[Any] = Registry("harness.suites", "suite", "evaluators.suites:Suite")
-systems: Registry[Any] = Registry("harness.systems", "system", "harness.systems.spec:System")
+protocols: Registry[Any] = Registry("harness.protocols", "protocol")
+datasets: Registry[Any] = Registry("harness.datasets", "dataset")
+samplers: Registry[Any] = Registry("harness.samplers", "sampler")
+objectives: Registry[Any] = Registry("harness.objectives", "objective")
+features: Registry[Any] = Registry("harness.features", "feature extractor")
+metrics: Registry[Any] = Registry("harness.metrics", "metric")
+suites: Registry[Any] = Registry("harness.suites", "suite")
+systems: Registry[Any] = Registry("harness.systems", "system")

@@ -304,7 +304,7 @@ def test_an_item_of_another_type_is_named_and_stops_nothing(group, monkeypatch):
     points = SimpleNamespace(select=lambda group: [*installed_points.select(group=group), point])
     monkeypatch.setattr(registry, "_entry_points", lambda: points)
     old = getattr(registry, group)
-    fresh = registry.Registry(old.group, old.noun, old._of)
+    fresh = registry.Registry(old.group, old.noun)
     assert fresh.names() and "wrong" not in fresh
     (problem,) = fresh.problems
     assert problem.entry_point == "entry = typing:Any" and "'wrong' is a Wrong, not a " in problem.reason
