@@ -1,8 +1,8 @@
 """The public files of evaluation and data sets: addresses, sizes and hashes.
 
 Sources: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py;
-zalandoresearch/fashion-mnist, README.md (with md5); https://www.cs.toronto.edu/~kriz/cifar.html (with md5). OpenAI publishes no hashes: the two md5 of its files are those that
-others report of their copies.
+zalandoresearch/fashion-mnist, README.md (with md5); https://www.cs.toronto.edu/~kriz/cifar.html (with md5). OpenAI
+publishes no hashes: the two md5 of its files are those that others report of their copies.
 """
 
 from __future__ import annotations

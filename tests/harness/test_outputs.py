@@ -36,6 +36,17 @@ def digits():
     return load()
 
 
+@pytest.fixture(scope="module")
+def module_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def cached(module_cache, monkeypatch):
+    """For tests that are not about the cache: the features of the digits take most of the time."""
+    monkeypatch.setenv("HARNESS_CACHE", str(module_cache))
+
+
 @pytest.fixture
 def classes(tmp_path, digits, monkeypatch):
     """Samples in class folders, as out/0, out/1; the working folder is beside them."""
@@ -117,7 +128,7 @@ class monkey_spool:
         spool.IN_MEMORY_BYTES = self.before
 
 
-def test_notes_go_to_stderr_and_into_json(classes, tmp_path, digits):
+def test_notes_go_to_stderr_and_into_json(classes, tmp_path, digits, cached):
     (classes / "0" / "readme.txt").write_text("x")
     (classes / "1" / "b.heic").write_text("x")
     (classes / "lost+found").mkdir()
@@ -151,7 +162,7 @@ def test_notes_go_to_stderr_and_into_json(classes, tmp_path, digits):
         assert done.stderr.count("lost+found") == 1
 
 
-def test_joined_sample_sets_are_named(tmp_path, digits):
+def test_joined_sample_sets_are_named(tmp_path, digits, cached):
     folder = tmp_path / "two"
     folder.mkdir()
     for name in ("a", "b"):
@@ -187,7 +198,7 @@ def test_a_reference_that_cannot_be_written_is_refused_before_the_images_are_rea
         assert isinstance(done.exception, UserError), done.exception
 
 
-def test_what_was_measured_is_printed_though_the_disk_is_full(packed, tmp_path, monkeypatch):
+def test_what_was_measured_is_printed_though_the_disk_is_full(packed, tmp_path, monkeypatch, cached):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -197,7 +208,7 @@ def test_what_was_measured_is_printed_though_the_disk_is_full(packed, tmp_path, 
     assert len(json.loads(done.stdout)["records"]) == 3
 
 
-def test_a_picture_that_fails_takes_no_number_with_it(packed, tmp_path, monkeypatch):
+def test_a_picture_that_fails_takes_no_number_with_it(packed, tmp_path, monkeypatch, cached):
     write = files.write_bytes
 
     def full(path, *arguments, **options):

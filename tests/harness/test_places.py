@@ -72,6 +72,17 @@ def _linked(folder):
     return _made(folder / ".hidden")  # a folder inside the samples, from where they are `..`
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """One for the module: the features of the digits take most of the time."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def shared_cache(cache, monkeypatch):
+    monkeypatch.setenv("HARNESS_CACHE", str(cache))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_samples_are_named_in_every_form(samples, monkeypatch, form):
     where, name = FORMS[form]
