@@ -487,6 +487,14 @@ def test_other_sizes_and_labels_as_adms_evaluator_takes_them(side, labels, tmp_p
     assert (record["protocol"], record["dataset"], record["resolution"]) == ("none", "r", side[0])
 
 
+def test_a_reference_in_a_folder_has_the_whole_name_of_the_folder(tmp_path, compared):
+    images = np.random.RandomState(6).randint(40, 240, (260, 8, 8, 3)).astype(np.uint8)
+    (tmp_path / "cfg-1.5").mkdir()
+    np.savez(tmp_path / "s.npz", arr_0=images[:120])
+    np.savez(tmp_path / "cfg-1.5" / "0.npz", arr_0=images[120:])
+    assert by_metric(compared(tmp_path / "s.npz", tmp_path / "cfg-1.5"))["fd"]["dataset"] == "cfg-1.5"
+
+
 def test_from_python_without_a_protocol_and_the_command_that_repeats_it(tmp_path, source, judged, compared):
     from harness import evaluate
     from reports.commands import reproduction
