@@ -1,6 +1,7 @@
 """Direct labels: text beside the marks of a plot, placed so that it covers no marks, lines or other text."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ Label = tuple[float, float, str, str]  # x, y, text, colour
 _LINE_SAMPLES = 12  # places on each segment of a line that a label should not cover
 MAX_LABELS = 40  # more would only cover one another
 CROWDED = 12  # if there are more labels, those without room are left out
+_LONGEST_LINE = 36  # characters: a longer label is broken into lines
 _PADDING = 2  # pixels on each side of a text's box
 # A place for text beside a point: (dx, dy, horizontal alignment of the text there), offsets in font points.
 Place = tuple[float, float, str]
@@ -33,7 +35,7 @@ def place_labels(
     """
     texts = [
         axes.annotate(
-            text, (x, y), xytext=(9, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
+            textwrap.fill(text, _LONGEST_LINE), (x, y), xytext=(9, 0), textcoords="offset points", va="center", color=colour, fontsize=9,
             fontweight="bold", parse_math=False, zorder=5,
         )
         for x, y, text, colour in sorted(labels, key=lambda label: (-label[0], label[1], label[2]))[:MAX_LABELS]

@@ -407,8 +407,20 @@ def paper_name(record: Record) -> str:
     return re.split(r", (?=\d)", record.row)[0]
 
 
+def _telling_names(metadata: Sequence[dict[str, str]]) -> list[str]:
+    """Names of metadata that tell lines apart: as few as do, and the recipe's hash only where nothing else does."""
+    names: list[str] = []
+    apart = 1
+    for name in sorted(_LABEL_METADATA, key=lambda name: name == "recipe"):
+        with_it = len({tuple(found[each] for each in (*names, name)) for found in metadata})
+        if with_it > apart:
+            names.append(name)
+            apart = with_it
+    return names
+
+
 def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list[str]:
-    """The label of each line: the system's name and, if it has several lines, the metadata in which they differ.
+    """The label of each line: the system's name and, if it has several lines, metadata that tell them apart.
 
     Labels of published lines also say "paper". Equal labels get " #2", " #3", ...
     records: one of each line. along, part: as in `lines_of`.
@@ -424,19 +436,19 @@ def _labels(records: Sequence[Record], along: Sequence[str], part: type) -> list
         if "steps" in along:  # they differ within a line
             found["training steps" if part is Training else "sampling steps"] = ""
         metadata.append({name: found.get(name, "") for name in _LABEL_METADATA})
-    peers: dict[str, dict[str, set[str]]] = {}  # system -> name -> texts of its lines
-    for record, found in zip(records, metadata, strict=True):
-        texts_of = peers.setdefault(record.system, {name: set() for name in _LABEL_METADATA})
-        for name, text in found.items():
-            texts_of[name].add(text)
+    chosen = {
+        system: _telling_names(
+            [found for record, found in zip(records, metadata, strict=True) if record.system == system]
+        )
+        for system in {record.system for record in records}
+    }
     taken: dict[str, int] = {}  # label -> number of lines that have it so far
     labels = []
     for record, found in zip(records, metadata, strict=True):
-        texts_of = peers[record.system]
         differences = [
             text if name in _WITHOUT_NAME else f"{name} {text}"
             for name, text in found.items()
-            if text and len(texts_of[name]) > 1
+            if text and name in chosen[record.system]
         ]
         differences += ["paper"] if record.provenance == "published" else []
         label = f"{record.system} ({', '.join(differences)})" if differences else record.system

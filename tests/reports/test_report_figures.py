@@ -55,7 +55,7 @@ def test_lines_differ_by_name_in_what_they_differ(record):
     ]
     assert {series.label for series in series_of(records)} == {
         "dit-xs-2 (800 steps, ddpm, guidance none)",
-        "dit-xs-2 (800 steps, ddim, eta 0, guidance none)",
+        "dit-xs-2 (800 steps, ddim, guidance none)",
         "dit-xs-2 (400K steps, ddpm, guidance none)",
         "dit-xs-2 (800 steps, ddpm, guidance 1.5 (all))",
     }
