@@ -136,7 +136,9 @@ def columns_of(row: Row) -> dict[str, Cell]:
     record, training, sampling = row.representative, row.representative.training, row.representative.sampling
     steps = sampling.steps if sampling else None
     stage_steps = sampling.stage_steps if sampling else None  # of a cascade, as "50 + 50"
-    without_steps = "adaptive" if sampling and sampling.evaluations_mean is not None else "-"
+    without_steps = "-"
+    if sampling and sampling.evaluations_mean is not None:
+        without_steps = f"adaptive ({sampling.evaluations_mean:.4g} evaluations)"
     return {
         "Params (M)": Cell(params_text(record.params), record.params),
         "Gflops": _quantity_cell(record.gflops),

@@ -14,6 +14,7 @@ from backbones.dit.torch_model import DiT
 from harness.cli import group
 from harness.data.digits import load
 from harness.engines.torch.sampling import TorchChain
+from harness.errors import UserError
 from harness.runs.samples import write_samples
 from reports.points import ALONG_SAMPLING, ALONG_TRAINING, group_by_settings
 from results.compare import differing, experiment_key
@@ -85,8 +86,11 @@ def home(folder, monkeypatch):
 
 def harness(*words, code=0):
     result = CliRunner().invoke(group, [str(each) for each in words])
+    if code == 2:  # `harness.cli.main` prints it and exits with 2
+        assert isinstance(result.exception, UserError), (result.exception, result.output)
+        return str(result.exception)
     assert result.exit_code == code, (result.exception, result.output)
-    return result.stdout if code == 0 else result.output
+    return result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +148,7 @@ def test_record_and_table(run):
     assert sampling["gflops_per_image"] == pytest.approx(line["gflops"] * sampling["evaluations_mean"])
     harness("report", "--results", run, "--out", "report")
     tables = "\n".join(path.read_text() for path in run.parent.glob("report/**/*.md"))
-    assert f"{sampling['evaluations_mean']:.6g} in the mean, at most {sampling['evaluations_max']}" in tables
-    assert "adaptive" in tables
+    assert f"adaptive ({sampling['evaluations_mean']:.4g} evaluations)" in tables
 
 
 def test_a_set_that_was_half_drawn_is_continued(run, monkeypatch):
