@@ -1,10 +1,12 @@
 """References: the real images that samples are compared with, and their features, which are cached by content hash."""
 
 import hashlib
+import logging
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from evaluators.statistics import Statistics, statistics
 from harness.errors import RunError, UserError
 from harness.images.source import readable
 from harness.io.arrays import RowsInOrder, release_freed_memory, release_pages
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # (stage, images done, total)
 
@@ -123,7 +127,7 @@ def build_reference(
 ) -> Reference:
     """The reference of images uint8 (M, H, W, C), M >= 20. A damaged cache file is replaced.
 
-    Raises UserError for unsuitable images, RunError as `extract` or when the cache cannot be written.
+    Raises UserError for unsuitable images, RunError as `extract`. A cache that cannot be written is a warning.
     """
     check_images(images, "the reference")
     if len(images) < MINIMUM_IMAGES:
@@ -136,7 +140,8 @@ def build_reference(
         features = extract(images, extractor, "reference features", progress, sharding)
         if cache is not None:
             key = cache_key(digest, extractor.sha256)
-            _write_cache(cache_path(cache, key), key, features)
+            with without_cache(cache):
+                _write_cache(cache_path(cache, key), key, features)
     return Reference(
         images=images,
         features=features,
@@ -246,6 +251,16 @@ def read_cache(path: Path, key: str, n: int, dim: int) -> Features | None:
     return features if fits and checksum == _checksum(key, features) else None
 
 
+@contextmanager
+def without_cache(cache: Path) -> Iterator[None]:
+    """Log a warning where the cache, which only saves time, cannot be written: a read-only folder, a full disk."""
+    try:
+        yield
+    except (OSError, RunError) as error:
+        reason = (error.strerror or error) if isinstance(error, OSError) else error
+        logger.warning(f"{cache} cannot be written ({reason}): the features are computed again next time")
+
+
 def _write_cache(path: Path, key: str, features: Features) -> None:
     """Write a cache file atomically: processes may write the same file at the same time."""
     arrays = {"pooled": features.pooled, "checksum": np.array(_checksum(key, features))}
@@ -262,7 +277,5 @@ def _write_cache(path: Path, key: str, features: Features) -> None:
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)  # mkstemp lets only the owner read it, but groups share their runs
         Path(temporary).replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: the reference's features could not be cached: {error.strerror}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from evaluators.features.spec import FeatureExtractor, Features
-from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, cache_path, extract, read_cache
+from evaluators.reference import IMAGES_PER_CALL, Progress, cache_key, cache_path, extract, read_cache, without_cache
 from evaluators.statistics import Moments, Statistics
 from harness.images.source import ImageSource
 from harness.io import files
@@ -81,7 +81,8 @@ def feature_statistics(
                 progress(stage, read, source.count)
             if path is not None and (read == source.count or time.monotonic() - saved_at > interval):
                 begin = time.monotonic()
-                _write(path, key, sums)
+                with without_cache(path.parent):
+                    _write(path, key, sums)
                 saved_at = time.monotonic()
                 interval = max(MIN_SAVE_INTERVAL_SECONDS, (saved_at - begin) / MAX_SAVE_SHARE)
     spatial = sums.get("spatial")

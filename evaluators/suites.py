@@ -4,6 +4,7 @@ Importing this module loads no framework and none of the metrics' code.
 """
 
 import importlib
+import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from evaluators.metrics import FID, METRICS, SFID, Metric
 from harness import registry
 from harness.errors import RunError, UserError
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -285,7 +288,10 @@ def evaluate_samples(
     if picture is not None:
         from evaluators.neighbours_picture import write_picture
 
-        write_picture(inputs, picture)
+        try:
+            write_picture(inputs, picture)
+        except RunError as error:  # the metrics, which took the time, are returned all the same
+            logger.warning(str(error))
     return measurements
 
 

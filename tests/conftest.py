@@ -1,7 +1,9 @@
 """Options of the test suite: slow tests on demand, and no skip that is not on the list."""
 
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,21 @@ sys.path.insert(0, str(Path(__file__).parent))  # for few_digits; pytest's impor
 
 
 def pytest_configure(config):
+    # not the cache of the user who runs the tests; processes that the tests start inherit the variable
+    folder = tempfile.TemporaryDirectory(prefix="harness-cache-")
+    config.add_cleanup(folder.cleanup)
+    os.environ["HARNESS_CACHE"] = folder.name
     if (
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     ):  # of a shell's background; what the tests start would inherit it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     make_importable()  # for the packages that results are held against: diffusers, clean-fid, torch-fidelity
+
+
+@pytest.fixture(autouse=True)
+def cache_of_its_own(monkeypatch, request):
+    """Each test begins with an empty cache; the folder is made when something is written."""
+    monkeypatch.setenv("HARNESS_CACHE", os.path.join(os.environ["HARNESS_CACHE"], f"{id(request.node):x}"))  # noqa: PTH118
 
 
 def pytest_addoption(parser):

@@ -80,6 +80,7 @@ def main() -> None:
 
     If torchrun started several processes, only the first one prints the error, and the exit code of torchrun is 1.
     """
+    from harness.cli.streams import give_up_stdout, print_anything
     from harness.distributed.launch import defer_to_rank_zero, is_main_process, report_elastic_error
     from harness.errors import RunError, UserError
 
@@ -93,9 +94,12 @@ def main() -> None:
             report_elastic_error(os.environ, reason)
         sys.exit(code)
 
+    print_anything()
     with _terminable() as terminated:
         try:
             group.main(standalone_mode=False, prog_name="harness")
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full device becomes one line
         except click.ClickException as error:
             end(error.exit_code, error.format_message(), error.show)
         except (click.Abort, KeyboardInterrupt):
@@ -105,11 +109,16 @@ def main() -> None:
                 click.echo(f"harness: interrupted {by}".strip(), err=True)
             sys.exit(130)
         except BrokenPipeError:  # the reader of stdout has ended, such as `head`; nothing can be printed
+            give_up_stdout()
             sys.exit(1)
         except (UserError, RunError) as error:
             end(
                 2 if isinstance(error, UserError) else 1, str(error), partial(click.echo, f"harness: {error}", err=True)
             )
+        except OSError as error:  # a place that the system refuses, or stdout on a full disk
+            give_up_stdout()
+            text = f"{error.filename or 'stdout'}: {error.strerror or error}"
+            end(1, text, partial(click.echo, f"harness: {text}", err=True))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import COUNT, Value, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, Value, json_option
 from harness.errors import UserError
 from harness.io import files
 
@@ -47,9 +47,7 @@ def _parse_stages(text: str) -> tuple[str, ...]:
 )
 @click.option("--stages", type=Value("stages", _parse_stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
-@click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the measurements to this file."
-)
+@click.option("--out", type=PATH, metavar="FILE.json", help="Write the measurements to this file.")
 @json_option
 def command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Speed of this device: images/s, TFLOP/s, utilisation and memory of a backbone, beside the device's roofline.
@@ -70,6 +68,8 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
     check_installed("torch")
     if out is not None and out.exists():
         raise UserError(f"--out {out} exists already; name another file")
+    if out is not None:
+        files.check_output(out, "--out")
     measured = measure(
         options["backbone"],
         device=options["device"],
@@ -79,19 +79,19 @@ def command(out: Path | None, as_json: bool, **options: Any) -> None:
         compile=options["compile"],
         stages=options["stages"],
     )
-    if out is not None:
-        files.write_json(out, measured)
     if as_json:
         click.echo(json.dumps(measured, indent=2))
-        return
-    _show(measured)
+    else:
+        _show(measured)
+    if out is not None:  # last, so that what was measured is printed though it cannot be written
+        files.write_json(out, measured)
 
 
 def _show(measured: dict[str, Any]) -> None:
     """Print the measurements (the JSON document of `harness.engines.torch.bench.measure`) as a table."""
     from rich.table import Table
 
-    from harness.cli.tables import table_console
+    from harness.cli.tables import print_table
 
     roofline = measured["roofline"]
     products = ", ".join(f"{name} {value:.3g}" for name, value in roofline["tflops"].items())
@@ -123,7 +123,7 @@ def _show(measured: dict[str, Any]) -> None:
             "-" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 1e9:.2f} GB",
             row["note"],
         )
-    table_console().print(table)
+    print_table(table)
     click.echo(
         f"MFU over {measured['peak_tflops']:.3g} TFLOP/s ({measured['peak_from']}); {measured['convention']}. "
         "In brackets: images in one call of the network."

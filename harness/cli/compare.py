@@ -39,9 +39,10 @@ def command(as_json: bool, **options: Any) -> None:
         }
         click.echo(json.dumps(document, indent=2))
         return
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from harness.cli.tables import print_table
 
     click.echo(f"A = {_name(first.a)}")
     click.echo(f"B = {_name(first.b)}")
@@ -69,7 +70,7 @@ def command(as_json: bool, **options: Any) -> None:
         table.add_column(heading, justify="right" if is_number else "left", no_wrap=True)
     for each in verdicts:
         table.add_row(*(text(each) for text in columns.values()))
-    Console().print(table)
+    print_table(table)
     if differing:
         text = "; ".join(f"{name} {values[0]} and {values[1]}" for name, values in differing.items())
         click.echo(f"A and B also differ in: {text}")

@@ -9,7 +9,8 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.flags_from_settings import COUNT, PATH, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, Value, json_option
+from harness.io.text import read_path
 
 
 @click.group("data")
@@ -51,12 +52,16 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
     shape = "x".join(map(str, meta.shape[1:]))
     click.echo(f"{made.folder}: {'written' if made.new else 'exists already, the same data set'}")
     click.echo(f"  {meta.images:,} images {shape} in {len(meta.classes):,} classes, sha256 {meta.sha256[:12]}")
-    for note in meta.notes:
-        click.echo(f"  note: {note}")
+
+
+def _read_source(value: str) -> str:
+    """The name of a data set, or a path as it was written: ./digits is no data set. ValueError if it is empty."""
+    read_path(value)
+    return value
 
 
 @command.command("reference", short_help="Make an evaluation reference from images.")
-@click.argument("source")
+@click.argument("source", type=Value("text", _read_source))
 @click.option("--out", type=PATH, required=True, metavar="FILE.npz", help="Where to write. Nothing is overwritten.")
 @click.option("--suite", default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`.")
 @click.option(
@@ -80,6 +85,13 @@ def prepare(name: str, source: Path, out: Path, resolution: int, as_json: bool) 
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Seed of the choice of N images."
 )
 @click.option("--data", type=PATH, metavar="PATH", help="Path of the data set, if SOURCE is one that needs it.")
+@click.option(
+    "--cache",
+    type=PATH,
+    metavar="DIR",
+    help="Folder of features that were computed before. [default: $HARNESS_CACHE, or backbone-harness in $XDG_CACHE_HOME "
+    "or ~/.cache]",
+)
 @json_option
 def reference(
     source: str,
@@ -91,6 +103,7 @@ def reference(
     images: int | None,
     seed: int,
     data: Path | None,
+    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Make a reference file for evaluation: statistics of all images of SOURCE, and images for precision and recall.
@@ -103,24 +116,29 @@ def reference(
         harness evaluate samples.npz --suite adm --reference train.npz --inception classify_image_graph_def.pb
     """
     from evaluators.suites import get_suite
-    from harness.pipeline.evaluate import CACHE
+    from harness.data.cache_dir import features
+    from harness.io import files
+    from harness.pipeline.evaluate import log_notes
     from harness.pipeline.evaluation_config import make_config
     from harness.pipeline.make_reference import make_reference, open_source
 
+    files.check_output(out, "--out")
     config = make_config(get_suite(suite), weights, backend, reference=None, device=device)
+    found = open_source(source, data)
+    log_notes([found])
     made = make_reference(
-        open_source(source, data),
+        found,
         out,
         config.suite,
         weights=config.weights,
         images=images,
         seed=seed,
-        cache=out.parent / CACHE,
+        cache=features(cache),
         device=device,
     )
-    about = made.about
+    about, notes = made.about, log_notes([found])
     if as_json:
-        facts = {"file": str(out), "written": made.written, "reference_sha256": about.sha256}
+        facts = {"file": str(out), "written": made.written, "reference_sha256": about.sha256, "notes": notes}
         click.echo(json.dumps({**facts, **dataclasses.asdict(about)}, indent=2))
         return
     height, width, channels = about.shape
@@ -192,6 +210,7 @@ def fetch(name: str | None, out: Path | None, url: str | None, as_json: bool) ->
     \b
         harness data fetch inception
         harness data fetch fashion-mnist
+        harness data fetch cifar-10
     """
     from harness.data.fetch import fetch as fetch_file
     from harness.data.fetch import fetch_dataset

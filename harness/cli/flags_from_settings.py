@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from harness.io.text import read_count
+from harness.io.text import read_count, read_path
 from harness.settings import Options, Setting, settings_of
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-
-PATH = click.Path(path_type=Path)
 
 
 class Value(click.ParamType):
@@ -31,6 +28,19 @@ class Value(click.ParamType):
 
 
 COUNT = Value("count", read_count)
+
+
+class _PathType(click.Path):
+    """A path as `read_path` returns it; shells complete it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return read_path(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = _PathType()
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 

@@ -92,10 +92,12 @@ def networks_to_count(names: tuple[str, ...], protocol: str | None) -> list[tupl
     specs = [backbones.get(name) for name in names] if names else list(backbones)
     if protocol is not None:
         from harness.protocols import get_protocol
+        from harness.runs.run import network_classes
 
         loaded = get_protocol(protocol)
         sizes_of = {name: getattr(loaded, name) for name in PROTOCOL_ARGUMENTS}
-        return [(spec, {name: value for name, value in sizes_of.items() if name in spec.defaults}) for spec in specs]
+        networks = [(spec, {**sizes_of, "num_classes": network_classes(spec, loaded)}) for spec in specs]
+        return [(spec, {name: sizes[name] for name in sizes if name in spec.defaults}) for spec, sizes in networks]
     if names:
         return [(spec, {}) for spec in specs]
     sizes = [(spec, size) for spec in specs for size in input_sizes(spec)]
@@ -106,7 +108,7 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
     """Print the rows as a table. check: "fvcore" adds a column with that package's count; None: no such column."""
     from rich.table import Table
 
-    from harness.cli.tables import table_console
+    from harness.cli.tables import print_table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("backbone", no_wrap=True)
@@ -134,7 +136,7 @@ def show(rows: list[dict[str, Any]], *, check: str | None) -> None:
         if check:
             cells.append(f"{row['fvcore_gflops']:.4f}" if "fvcore_gflops" in row else "-")  # "-" for a system
         table.add_row(*cells)
-    table_console().print(table)
+    print_table(table)
 
 
 def show_sampling(chosen: list[System], as_json: bool) -> None:
@@ -150,7 +152,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
         return
     from rich.table import Table
 
-    from harness.cli.tables import table_console
+    from harness.cli.tables import print_table
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("system", no_wrap=True)
@@ -160,7 +162,7 @@ def show_sampling(chosen: list[System], as_json: bool) -> None:
         costs = [row[name] for name in ("gflops_unguided", "gflops_guidance", "gflops_decode", "gflops_image")]
         cells = [f"{cost:,.0f}" if cost >= 100 else f"{cost:.4g}" if cost else "-" for cost in costs]
         table.add_row(row["name"], " + ".join(map(str, row["steps"])), *cells)
-    table_console().print(table)
+    print_table(table)
     click.echo(note)
     click.echo(CONVENTION)
 

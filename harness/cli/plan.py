@@ -92,7 +92,7 @@ def _print_table(document: dict[str, Any]) -> None:
     """Print the document of `budget_table` as a table."""
     from rich.table import Table
 
-    from harness.cli.tables import table_console
+    from harness.cli.tables import print_table
 
     reference = f", those of {document['to']}" if document["to"] else ""
     click.echo(
@@ -114,7 +114,7 @@ def _print_table(document: dict[str, Any]) -> None:
             "-" if epochs is None else f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.3g}",
             error_text(row["relative_error"]),
         )
-    table_console().print(table)
+    print_table(table)
     if any(one_is_too_much(row["steps"], row["relative_error"]) for row in document["rows"]):
         click.echo("1 step, and more than 0 % over: a single step costs more than the budget.")
     for each in document["left_out"]:

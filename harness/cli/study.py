@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.flags_from_settings import Value, json_option
-from harness.cli.tables import print_report, table_console
+from harness.cli.flags_from_settings import PATH, Value, json_option
+from harness.cli.tables import print_report, print_table, table_console
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
 from harness.io.text import read_pair
@@ -28,7 +28,7 @@ STYLES = {"done": "green", "running": "bold", "failed": "red", "interrupted": "y
 
 
 @click.command("study")
-@click.argument("file", type=click.Path(path_type=Path), metavar="FILE.toml")
+@click.argument("file", type=PATH, metavar="FILE.toml")
 @click.option(
     "--status", is_flag=True, help="Only show which runs are done, running or failed (and why), and what is left to do."
 )
@@ -147,7 +147,7 @@ def report(study: Expansion) -> None:
 def print_overview(state: Overview) -> None:
     """Print the runs as a table, the failures, and the remaining work."""
     console = table_console()
-    console.print(table_of(state, console.width))
+    print_table(table_of(state, console.width))
     for row in state.rows:
         if row.reason and row.state == "failed":
             where = f"  (log {row.log})" if row.log else ""

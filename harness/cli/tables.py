@@ -13,6 +13,7 @@ from results.records import Record
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from reports.report import ReportSummary
 
@@ -21,13 +22,22 @@ TITLES_WIDTH = 20  # characters of the column of titles
 MAX_ROWS = 50  # records shown in one table
 MAX_PROBLEMS = 5  # unusable lines, and conflicts, that are printed
 PIPED_WIDTH = 140  # characters of a line where stdout is no terminal; rich's 80 would cut the columns of tables
+MAX_WIDTH = 100_000  # more characters than any table has in a line
 
 
 def table_console() -> Console:
-    """The console for a table on stdout: as wide as the terminal, or PIPED_WIDTH where stdout is no terminal."""
+    """The one console for tables on stdout: as wide as the terminal, or PIPED_WIDTH where stdout is no terminal."""
     from rich.console import Console
 
     return Console(width=None if Console().is_terminal else PIPED_WIDTH, highlight=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table whose cells are never cut: a line that is longer than the terminal's is broken by the terminal."""
+    console = table_console()
+    options = console.options.update(width=MAX_WIDTH)
+    console.width = max(console.width, console.measure(table, options=options).maximum)
+    console.print(table)
 
 
 def print_report(summary: ReportSummary, out: Path, *, only: Path | None = None) -> None:
@@ -62,14 +72,13 @@ def _print_problems(problems: Sequence[object], what: str) -> None:
 
 def print_records(records: Iterable[Record]) -> None:
     """Print the records as tables: the values that all records share above, then one column for each record."""
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from reports.rows import console_table, groups, make_rows
     from reports.texts import DOWN, UP, features_of
 
-    console = Console()
+    console = table_console()
     tables = groups(records)
     if not tables:
         click.echo("no measured records yet; `harness run --backbone dit-xs-2` makes some")
@@ -92,6 +101,8 @@ def print_records(records: Iterable[Record]) -> None:
         columns = max(1, (console.width - TITLES_WIDTH) // CELL_WIDTH)
         for start in range(0, len(rows), columns):
             table = Table(show_header=False)
+            for _ in range(1 + len(rows[start : start + columns])):
+                table.add_column(overflow="fold")  # the default would cut a number that is wider than its column
             for title in varying:
                 # An interval is printed below its value, to keep the columns narrow.
                 table.add_row(

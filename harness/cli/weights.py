@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import json_option
+from harness.cli.flags_from_settings import PATH, json_option
 
-PATH = click.Path(path_type=Path)
 MAX_LISTED = 5  # names of a list that are printed; --json has all
 
 backbone_option = click.option(

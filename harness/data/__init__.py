@@ -87,6 +87,14 @@ BUILT_IN = (
         namer="harness.data.fashion_mnist:class_names",
     ),
     DatasetSpec(
+        name="cifar-10",
+        images=50_000,
+        summary="50,000 photographs (the training part), 32x32x3, 10 classes; `harness data fetch cifar-10`",
+        loader="harness.data.cifar10:load",
+        finder="harness.data.cifar10:missing",
+        namer="harness.data.cifar10:class_names",
+    ),
+    DatasetSpec(
         name="imagenet",
         images=1_281_167,
         summary="1,281,167 photographs in 1,000 classes, made by `harness data prepare imagenet`; --data FOLDER",

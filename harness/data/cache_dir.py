@@ -1,14 +1,40 @@
-"""The folder of files that are downloaded once for all runs."""
+"""The user's cache: files that are downloaded once for all runs, and features that are computed once.
+
+It may be removed at any time. Nothing of it lies beside the user's own files.
+"""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+VARIABLE = "HARNESS_CACHE"
+
+
+def cache_folder(given: Path | None = None) -> Path:
+    """The folder of the cache, which need not exist: `given` (of --cache), else that of the variable HARNESS_CACHE, else
+    backbone-harness in XDG_CACHE_HOME or ~/.cache.
+    """
+    if given is not None:
+        return given
+    if named := os.environ.get(VARIABLE):
+        return Path(named).absolute()
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    # the XDG standard says to ignore a relative path; Path(""), of a variable that is not set, is relative too
+    if configured.is_absolute():
+        return configured / "backbone-harness"
+    try:
+        return Path.home() / ".cache" / "backbone-harness"
+    except RuntimeError:  # a user without a home, as in some containers
+        return Path(tempfile.gettempdir()) / "backbone-harness"
 
 
 def downloads(name: str) -> Path:
-    """The folder of the data set `name`, in XDG_CACHE_HOME or ~/.cache. It need not exist."""
-    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # the XDG standard says to ignore a relative path; Path(""), of a variable that is not set, is relative too
-    cache = configured if configured.is_absolute() else Path.home() / ".cache"
-    return cache / "backbone-harness" / name
+    """The folder of the data set `name`. It need not exist."""
+    return cache_folder() / name
+
+
+def features(given: Path | None = None) -> Path:
+    """The folder of the features of images by their content. It need not exist. given: as in `cache_folder`."""
+    return cache_folder(given) / "features"

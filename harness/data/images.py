@@ -27,6 +27,7 @@ class ImageSet:
     images: np.ndarray
     labels: np.ndarray
     known_sha256: str | None = None
+    labelled: bool = True  # False: there are no labels, and `labels` are all 0
 
     def __post_init__(self) -> None:
         assert self.images.dtype == np.uint8 and self.images.ndim == 4, (self.images.dtype, self.images.shape)

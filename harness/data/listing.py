@@ -14,8 +14,7 @@ import numpy as np
 from harness.data.prepared import CHUNK_IMAGES, chunk_sizes
 from harness.errors import UserError
 from harness.images.files import Entry
-from harness.images.open import class_labels
-from harness.images.source import printable
+from harness.images.source import class_labels, printable
 
 MAX_CLASSES = 100_000  # ImageNet-21k has 21,841; a larger number is a date or an identifier, not a label
 
@@ -60,7 +59,7 @@ class ImageIndex:
     @property
     def sha256(self) -> str:
         """Hash of classes, labels and names; the pixels are not read for it."""
-        digest = hashlib.sha256("\0".join(self.classes).encode())
+        digest = hashlib.sha256("\0".join(self.classes).encode("utf-8", "surrogateescape"))
         digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         digest.update("\0".join(self.names).encode("utf-8", "surrogateescape"))
         return digest.hexdigest()

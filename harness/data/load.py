@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from harness import registry
 from harness.data import latents, npz, prepared
@@ -11,6 +14,8 @@ from harness.data.examples import Examples
 from harness.data.images import ImageSet
 from harness.errors import UserError
 from harness.protocols import Protocol
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +49,10 @@ def load_data(protocol: Protocol, data: Path | None) -> ImageSet:
     if data is not None and latents.is_cache(data):
         meta = latents.read_meta(data)
         return source_images(meta.source_paths, meta.images["sha256"], str(data))
-    return registry.datasets.get(protocol.dataset).load(data).downsampled(protocol.resolution)
+    images = registry.datasets.get(protocol.dataset).load(data)
+    if not images.labelled and protocol.num_classes > 1:
+        raise UserError(f"{data} {npz.WITHOUT_LABELS} {protocol.num_classes}; without classes it is num_classes = 0")
+    return images.downsampled(protocol.resolution)
 
 
 def open_image_set(source: str) -> NamedImages:
@@ -53,7 +61,10 @@ def open_image_set(source: str) -> NamedImages:
     if path.is_dir() and prepared.is_prepared(path):
         return NamedImages(images=prepared.load(path), crop=prepared.read_meta(path).crop, name=str(path.resolve()))
     if path.suffix == ".npz" and path.is_file():
-        return NamedImages(images=npz.load(path), crop=None, name=str(path.resolve()))
+        images = npz.load(path)
+        if not images.labelled:
+            raise UserError(f"{path} has no labels (arr_1); a cache of latents needs one for each image")
+        return NamedImages(images=images, crop=None, name=str(path.resolve()))
     if not path.exists() and source in registry.datasets and not registry.datasets.get(source).needs_folder:
         return NamedImages(images=registry.datasets.get(source).load(None), crop=None, name=source)
     problem = (
@@ -87,7 +98,14 @@ def source_images(source_paths: dict[str, str], sha256: str, owner: str) -> Imag
 
 def check_labels(data: Examples, num_classes: int) -> None:
     """UserError for a label outside 0 .. num_classes - 1, before anything is trained on it."""
+    num_classes = max(num_classes, 1)  # without classes all labels are 0
     low, high = int(data.labels.min()), int(data.labels.max())
     if low < 0 or high >= num_classes:
         bad = low if low < 0 else high
         raise UserError(f"data set {data.name!r} has label {bad}, but the protocol has classes 0 to {num_classes - 1}")
+    empty = np.flatnonzero(np.bincount(data.labels, minlength=num_classes) == 0)
+    if len(empty):
+        more = f", nor have {len(empty) - 1:,} more" if len(empty) > 1 else ""
+        logger.warning(
+            f"data set {data.name!r} has no image of class {empty[0]}{more}; samples of it will come of nothing learned"
+        )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 CROP = "adm-center"
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 PLAIN_MODES = ("RGB", "L")  # in others the conversion to RGB loses something or differs between tools
 
 
@@ -60,7 +60,7 @@ def decode(data: bytes, size: int, name: str) -> Photograph:
     except Exception as error:  # Pillow's plug-ins raise anything on broken bytes
         text = str(error) or type(error).__name__
         if "cannot identify" in text:
-            raise Broken("no image that Pillow can read (JPEG, PNG, WebP, GIF, BMP)") from error
+            raise Broken("no image that Pillow can read (JPEG, PNG, WebP, GIF, BMP, TIFF)") from error
         raise Broken(f"damaged or cut off ({printable(text)})") from error
 
 
@@ -88,9 +88,11 @@ def center_crop(image: Image, size: int) -> Image:
 
 def _note(image: Image, name: str) -> str | None:
     """A note on a conversion to RGB, or on a suffix .jpg of a file that is no JPEG; None: neither."""
+    if image.format in ("GIF", "TIFF", "WEBP", "PNG") and getattr(image, "n_frames", 1) > 1:
+        return f"only the first image of several in a {image.format}"
     if image.mode not in PLAIN_MODES:
         return f"{image.mode} {image.format} converted to RGB"
     # Pillow calls a JPEG that holds further pictures MPO
-    if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg")):
+    if image.format not in ("JPEG", "MPO") and name.lower().endswith((".jpg", ".jpeg", ".jfif")):
         return f"{image.format} under the name of a JPEG"
     return None

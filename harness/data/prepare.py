@@ -64,11 +64,15 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
     again.
     """
     check_name("data set", dataset)
+    if out.is_symlink():  # the folder is made under another name and renamed, which a link does not allow
+        out = out.resolve()
+    if out.resolve() == Path.cwd():
+        raise UserError(f"--out {out} is the working folder, which the data set would replace; name a new folder")
     index = open_index(source, dataset)
     threads = threads or usable_cores()
     job = _Job(dataset=dataset, index=index, resolution=resolution, out=out)
     if job.out_exists():
-        return Prepared(out, job.existing_meta(), new=False)
+        return _existing(job)
     need = job.needed_bytes()
     free = shutil.disk_usage(next(each for each in out.absolute().parents if each.is_dir())).free
     size = f"{need / 1e9:,.1f} GB" if need >= 1e8 else f"{need / 1e6:,.1f} MB"
@@ -83,7 +87,7 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
     with files.claimed_folder(job.partial), files.explained(job.partial):
         if job.out_exists():  # another process has made it since
             job.partial.rmdir()  # empty: that process has renamed its own, and `claimed_folder` made this one
-            return Prepared(out, job.existing_meta(), new=False)
+            return _existing(job)
         job.resume()
         if job.done:
             logger.info(f"continues after {job.done:,} of {len(index.labels):,} images")
@@ -96,7 +100,17 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
             logger.info(f"stopped after {job.done:,} of {len(index.labels):,} images; the same command continues")
             raise
         meta = job.finish()
+    for note in meta.notes[len(index.notes) :]:  # on single images; the others are logged above
+        logger.info(f"note: {note}")
     return Prepared(out, meta, new=True)
+
+
+def _existing(job: _Job) -> Prepared:
+    """The complete data set that is there already; its notes are logged."""
+    meta = job.existing_meta()
+    for note in meta.notes:
+        logger.info(f"note: {note}")
+    return Prepared(job.out, meta, new=False)
 
 
 def usable_cores() -> int:

@@ -1,8 +1,8 @@
 """The public files of evaluation and data sets: addresses, sizes and hashes.
 
 Sources: openai/guided-diffusion, evaluations/README.md and evaluator.py; TensorFlow's models, classify_image.py;
-zalandoresearch/fashion-mnist, README.md (with md5). OpenAI publishes no hashes: the two md5 of its files are those that
-others report of their copies.
+zalandoresearch/fashion-mnist, README.md (with md5); https://www.cs.toronto.edu/~kriz/cifar.html (with md5). OpenAI
+publishes no hashes: the two md5 of its files are those that others report of their copies.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ _FASHION_MNIST = (
     "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
     "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion",
 )
+_CIFAR_10 = "cifar-10-binary.tar.gz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,5 +102,15 @@ DATASETS = {
                 ("t10k-labels-idx1-ubyte.gz", 5_148, "bb300cfdad3c16e7a12a480ee83cd310"),
             )
         ),
-    )
+    ),
+    "cifar-10": PublicDataset(
+        name="cifar-10",
+        summary="the binary version of CIFAR-10, for protocol cifar10-32 (170 MB)",
+        files=(
+            PublicFile(
+                name=_CIFAR_10, file=_CIFAR_10, summary="", urls=(f"https://www.cs.toronto.edu/~kriz/{_CIFAR_10}",),
+                size=170_052_171, md5="c32a1d4ab5d03f1284b67883e8d87530",
+            ),
+        ),
+    ),
 }  # fmt: skip

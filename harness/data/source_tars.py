@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import imagenet
-from harness.data.listing import ImageIndex, index_files, named_classes, numbered_classes
+from harness.data.listing import NO_LABELS, UNLABELLED, ImageIndex, index_files, named_classes, numbered_classes
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry, is_system_member
 from harness.images.source import printable, readable
-from harness.images.tars import tar_members
+from harness.images.tars import class_of_member, json_label, tar_members
 
 OFFICIAL = "ILSVRC2012_img_train.tar"
 
@@ -90,11 +90,14 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
 
 
 def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
-    """The index of webdataset's shards, KEY.jpg beside KEY.cls."""
+    """The index of shards: webdataset's, KEY.jpg beside KEY.cls or KEY.json, or images in class folders, or without labels."""
     found, earlier = _TarImages(), 0  # earlier: number of images in the shards before the current one
     labels: list[int] = []
     others: list[str] = []
+    members: list[str] = []  # names of the images
+    kinds: set[str] = set()  # how the shards are labelled
     for path in tars:
+        described: dict[tuple[str, str], Entry] = {}  # the .json members
         keys: list[tuple[str, str]] = []  # of the shard's images: folder, and name up to the first dot
         classes: dict[tuple[str, str], int] = {}
         seen: set[str] = set()
@@ -110,11 +113,26 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 if base.lower().endswith(SUFFIXES):
                     keys.append((folder, key))
                     found.add(path, base, offset, size)
+                    members.append(name)
+                elif kind == "json":
+                    described[folder, key] = Entry(name=name, path=path, offset=offset, size=size)
                 elif kind == "cls":
                     classes[folder, key] = _read_label(path, name, offset, size)
                 # metadata, which webdataset packs beside an image, needs no note
-                elif kind not in ("json", "txt", "__key__"):
+                elif kind not in ("txt", "__key__"):
                     others.append(base)
+        if not keys and not classes:
+            continue
+        if not classes:
+            from_json = {key: json_label(described[key]) for key in keys if key in described}
+            if keys and len(from_json) == len(set(keys)) and None not in from_json.values():
+                classes = {key: label for key, label in from_json.items() if label is not None}
+        if keys and not classes:
+            kinds.add("without labels")
+            earlier += len(keys)
+            labels += [0] * len(keys)
+            continue
+        kinds.add("labels")
         if len(set(keys)) != len(keys):
             raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")
         unlabelled = next((found.names[earlier + i] for i, key in enumerate(keys) if key not in classes), None)
@@ -123,7 +141,25 @@ def _shards(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
             raise UserError(f"{path}: {alone} has no partner; every image needs one KEY.cls")
         labels += [classes[key] for key in keys]
         earlier += len(keys)
+    if len(kinds) > 1:
+        raise UserError(f"--from {source}: some of its tars have labels (.cls, .json) and others have none; add them")
+    if kinds == {"without labels"}:
+        return _folders_or_unlabelled(source, members, found, others, dataset)
     return _index(source, "webdataset shards", None, labels, found, others, dataset)
+
+
+def _folders_or_unlabelled(
+    source: Path, members: list[str], found: _TarImages, others: list[str], dataset: str
+) -> ImageIndex:
+    """The index of tars of class folders, as cat/1.jpg; or, without such folders, of images without labels."""
+    if (folders := class_of_member(members)) is not None:
+        if dataset == imagenet.NAME:
+            imagenet.check_folders(str(source), sorted(set(folders)))
+        classes, by_name = named_classes(source, sorted(set(folders)))
+        labels = [by_name[each] for each in folders]
+        return _index(source, "tars of class folders", classes, labels, found, others, dataset)
+    index = _index(source, "tars without labels", [UNLABELLED], [0] * len(members), found, others, dataset)
+    return index.with_notes([NO_LABELS])
 
 
 def _read_label(path: Path, name: str, offset: int, size: int) -> int:

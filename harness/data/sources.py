@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 
 from harness.data import imagenet, source_parquet, source_tars
-from harness.data.listing import ImageIndex, check_no_empty_class, index_files, named_classes
+from harness.data.listing import NO_LABELS, UNLABELLED, ImageIndex, check_no_empty_class, index_files, named_classes
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, notes_on_left_out
 from harness.images.source import natural_sorted, printable, readable
 
 KINDS = (
-    "class folders (DIR/CLASS/*.JPEG), ILSVRC2012_img_train.tar (or the folder of its class tars), webdataset shards "
-    "(*.tar with KEY.jpg and KEY.cls), the parquet files of a Hugging Face data set"
+    "class folders (DIR/CLASS/*.JPEG), a folder of images without labels, ILSVRC2012_img_train.tar (or the folder of its "
+    "class tars), webdataset shards (*.tar with KEY.jpg and KEY.cls or KEY.json), tars of class folders, the parquet files "
+    "of a Hugging Face data set"
 )
 TRAINING = "train"  # begins the names of files and folders of the training split
 
@@ -105,6 +106,9 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
         beside = [each.name for each in visible if each != train]
         note = f"only {TRAINING}/ was read, without {printable(', '.join(beside))} beside it"
         return _class_folders(train, dataset).with_notes([note] if beside else [])
+    images = [each for each in visible if _is_image(each)]
+    if images and not any(_holds_image(each) for each in folders):
+        return _flat(source, images, [each for each in visible if each not in set(images)], dataset)
     if not folders:
         raise UserError(f"--from {source}: no class folders in it; images are prepared from {KINDS}")
     if dataset == imagenet.NAME:
@@ -156,6 +160,21 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
         return Entry(name=printable(str(path.relative_to(source))), path=path)
 
     return index_files("class folders", classes, labels, names, entry, notes)
+
+
+def _flat(source: Path, images: list[Path], others: list[Path], dataset: str) -> ImageIndex:
+    """The index of images without labels, in one folder."""
+    if dataset == imagenet.NAME:
+        raise UserError(f"--from {source}: images without class folders; {imagenet.NAME} is prepared with its classes")
+    notes = [NO_LABELS, *notes_on_left_out([], [each.name for each in others if each.is_dir()])]
+    notes += _on_files_beside([each for each in others if not each.is_dir()])
+
+    def entry(i: int) -> Entry:
+        return Entry(name=printable(images[i].name), path=images[i])
+
+    return index_files(
+        "a folder without classes", [UNLABELLED], [0] * len(images), [each.name for each in images], entry, notes
+    )
 
 
 def _is_image(path: Path) -> bool:

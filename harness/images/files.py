@@ -1,4 +1,4 @@
-"""PNG, JPEG and WebP files, decoded strictly.
+"""Image files (PNG, JPEG, WebP, BMP, GIF, TIFF), decoded strictly.
 
 8-bit grey and RGB are read as stored; palettes and bilevel images are expanded without loss and an opaque alpha channel
 is dropped, each with a note; 16 bits, transparency, CMYK and animations are refused by name. EXIF orientation and
@@ -25,7 +25,7 @@ from harness.images.source import Damaged, ImageSource, images_per_chunk, printa
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # endings of images that are not read, so that a note can name them
 UNREAD_SUFFIXES = (
     ".avif", ".dng", ".exr", ".hdr", ".heic", ".heif", ".jp2", ".jxl", ".pbm", ".pgm", ".pnm", ".ppm", ".svg", ".tga"
@@ -38,6 +38,12 @@ OWN_FILES = ("records.jsonl",)  # which the harness itself may have written besi
 MAX_FILE_BYTES = 1 << 28  # of an image file
 MAX_NAMED = 5  # folders that a note names
 MAX_PIXELS = 1 << 26  # of an image (8192 x 8192); a larger one is refused before it is decoded
+# format, first bytes of a file, endings
+OTHER_FORMATS = (
+    ("BMP", (b"BM",), (".bmp",)),
+    ("GIF", (b"GIF87a", b"GIF89a"), (".gif",)),
+    ("TIFF", (b"II*\0", b"MM\0*"), (".tif", ".tiff")),
+)
 HEAD_BYTES = 32  # enough of a file to know its format
 
 
@@ -90,7 +96,11 @@ def _sniff(head: bytes, name: str) -> tuple[str, bool, tuple[int, int] | None]:
         return "JPEG", True, None
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP", head[12:16] != b"VP8L", None  # VP8L is lossless; VP8X, which may be either, counts as lossy
-    raise UserError(f"{name}: neither PNG, JPEG nor WebP inside; remove it, or make it again")
+    # the ending must say it, for a GIF has 256 colours and a TIFF may have more than 8 bits a channel
+    for kind, starts, suffixes in OTHER_FORMATS:
+        if head.startswith(starts) and name.lower().endswith(suffixes):
+            return kind, False, None
+    raise UserError(f"{name}: neither PNG, JPEG nor WebP inside, nor what its ending says; remove it, or make it again")
 
 
 def _check_png(data: bytes) -> None:
@@ -122,9 +132,19 @@ def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
 
     UserError, which begins with the entry's name, where the file cannot be read or the image cannot be used.
     """
-    from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+    from PIL import (
+        BmpImagePlugin,
+        GifImagePlugin,
+        JpegImagePlugin,
+        PngImagePlugin,
+        TiffImagePlugin,
+        WebPImagePlugin,
+    )
 
     plugins: dict[str, Callable[[io.BytesIO], Image]] = {
+        "BMP": BmpImagePlugin.BmpImageFile,
+        "GIF": GifImagePlugin.GifImageFile,
+        "TIFF": TiffImagePlugin.TiffImageFile,
         "PNG": PngImagePlugin.PngImageFile,
         "JPEG": JpegImagePlugin.JpegImageFile,
         "WEBP": WebPImagePlugin.WebPImageFile,
@@ -146,6 +166,8 @@ def _decode(entry: Entry) -> tuple[np.ndarray, str | None]:
                 raise UserError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS}; resize it first")
             if getattr(image, "n_frames", 1) > 1:
                 raise UserError("an animation; keep one picture a file")
+            if kind == "TIFF" and image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp"):
+                raise UserError("a TIFF that was stored with loss; save it as PNG")
             image.load()
             array, note = _as_grey_or_rgb(image)
     except UserError as error:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import glob
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from harness.errors import UserError
@@ -13,6 +11,7 @@ from harness.images.npz import open_npy, open_npz
 from harness.images.source import (
     LAYOUTS,
     ImageSource,
+    class_labels,
     concatenated,
     label_outside,
     natural_sorted,
@@ -72,18 +71,19 @@ def open_folder(path: Path) -> ImageSource:
     except OSError as error:
         raise UserError(f"{path} cannot be listed: {error.strerror or error}; check its permissions") from error
     shards = {suffix: [p for p in inside if p.suffix.lower() == suffix and p.is_file()] for suffix in (".npz", ".tar")}
-    images = [p for p in inside if p.suffix.lower() in SUFFIXES and not p.is_dir()]
-    folders = [p for p in inside if p.is_dir() and p.name not in SYSTEM_FOLDERS]
+    all_folders = {p for p in inside if p.is_dir()}
+    images = [p for p in inside if p.suffix.lower() in SUFFIXES and p not in all_folders]
+    folders = [p for p in all_folders if p.name not in SYSTEM_FOLDERS]
     if sum(map(bool, (shards[".npz"], shards[".tar"], images))) > 1:
         raise UserError(f"{path} holds npz, tar or image files side by side; name the ones to read")
     for found in shards.values():
         if found:  # the others are empty (see above)
             return concatenated(str(path), [open_file(each) for each in natural_sorted(found)])
-    others = [p.name for p in inside if not p.is_dir() and p.suffix.lower() not in SUFFIXES]
+    others = [p.name for p in inside if p not in all_folders and p.suffix.lower() not in SUFFIXES]
     labels: list[int] | None = None
     by_folder = {folder.name: _image_files(folder) for folder in folders}
     with_images = [name for name, (found, _) in by_folder.items() if found]
-    left_out = [p.name for p in inside if p.is_dir() and p.name not in with_images]
+    left_out = [p.name for p in all_folders if p.name not in with_images]
     notes: list[str] = []
     if images and with_images:
         raise UserError(f"{path} holds images and folders of images: are these classes? Keep one of the two")
@@ -110,18 +110,6 @@ def open_folder(path: Path) -> ImageSource:
     entries = [Entry(name=printable(str(each)), path=each) for each in images]
     with readable(path):
         return source_of_files(str(path), entries, labels, notes)
-
-
-def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
-    """(label of each class by its name, in the order of labels; whether the names are the labels).
-
-    If all names are whole numbers, they are the labels. Otherwise a label is the position of the name in sorted order, as
-    in torchvision.
-    """
-    names = sorted(names)
-    if all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
-        return {name: int(name) for name in sorted(names, key=int)}, True
-    return {name: position for position, name in enumerate(names)}, False
 
 
 def _image_files(folder: Path) -> tuple[list[Path], list[str]]:

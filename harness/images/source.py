@@ -73,8 +73,10 @@ class ImageSource:
     ):
         self.name, self.shape, self.count, self.labels, self.lossy = name, shape, count, labels, lossy
         self.extra_arrays = tuple(extra_arrays)
+        self.classes: tuple[str, ...] = ()  # names of which the labels are positions; empty: labels are numbers
         self.chunks, self._mapped, self._once = chunks, mapped, once
         self._notes = dict.fromkeys(notes)
+        self._logged: set[str] = set()
         self._started = False
         self._digest: str | None = None
 
@@ -90,6 +92,12 @@ class ImageSource:
     def content_known(self) -> bool:
         """Whether `sha256` is known already, so that it needs no pass over the images."""
         return self._digest is not None
+
+    def first_time(self, text: str) -> bool:
+        """Whether this was not called with the note `text` before; used to log a note once."""
+        new = text not in self._logged
+        self._logged.add(text)
+        return new
 
     def note(self, text: str) -> None:
         """Add a note, unless it is there already."""
@@ -290,6 +298,18 @@ def natural_sorted(items: Iterable[T], name: Callable[[T], str] = str) -> list[T
     return sorted(items, key=key)
 
 
+def class_labels(names: Iterable[str]) -> tuple[dict[str, int], bool]:
+    """(label of each class by its name, in the order of labels; whether the names are the labels).
+
+    If all names are whole numbers, they are the labels. Otherwise a label is the position of the name in sorted order, as
+    in torchvision.
+    """
+    names = sorted(names)
+    if all(re.fullmatch(r"[0-9]{1,9}", name) for name in names):
+        return {name: int(name) for name in sorted(names, key=int)}, True
+    return {name: position for position, name in enumerate(names)}, False
+
+
 def label_outside(labels: np.ndarray, classes: int) -> str | None:
     """The first label outside 0 .. classes - 1, in words; None where there is none. labels: int64 (N,)."""
     outside = (labels < 0) | (labels >= classes)
@@ -314,6 +334,8 @@ def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
             raise UserError(
                 f"{unlabelled.name} has no labels, other shards have; add them or leave them out everywhere"
             )
+    if any(part.classes for part in parts):
+        _number_classes(parts)
     counts = [part.count for part in parts if part.count is not None]
     labels = [part.labels for part in parts if part.labels is not None]
     whole = ImageSource(
@@ -332,6 +354,18 @@ def concatenated(name: str, parts: list[ImageSource]) -> ImageSource:
     for part in parts:
         part._notes = whole._notes  # one dictionary: a note that a shard adds while it is read is a note of the whole
     return whole
+
+
+def _number_classes(parts: list[ImageSource]) -> None:
+    """Give the shards the labels of the classes of all of them: each has numbered those that it holds."""
+    for part in parts:
+        if not part.classes:
+            raise UserError(f"{part.name} has no class folders, other shards have; prepare one kind of them")
+    names, _ = class_labels({each for part in parts for each in part.classes})
+    for part in parts:
+        assert part.labels is not None
+        part.labels = np.array([names[each] for each in part.classes], np.int64)[part.labels]
+        part.classes = tuple(names)
 
 
 def _first_names(parts: list[ImageSource]) -> str:

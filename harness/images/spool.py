@@ -21,7 +21,7 @@ def spooled(source: ImageSource, folder: Path | None = None) -> Iterator[ImageSo
     """A source of the same images as one array (`ImageSource.mapped`), so that the original is read only once.
 
     A source that is mapped already is returned unchanged. Others are read to their end into memory or, above
-    IN_MEMORY_BYTES, into an unnamed file in `folder` (None: the system's temporary folder). The file disappears at the
+    IN_MEMORY_BYTES, into an unnamed file in `folder` (None, or not writable: the system's temporary folder). The file disappears at the
     end, even if the process is killed.
     """
     if source.mapped:
@@ -52,11 +52,19 @@ class _Store:
         if self._file is not None or self._bytes > IN_MEMORY_BYTES:
             with files.explained(self._folder):
                 if self._file is None:
-                    self._folder.mkdir(parents=True, exist_ok=True)
-                    self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (closed in __exit__)
+                    self._file = self._open()
                 for part in self._parts:
                     self._file.write(np.ascontiguousarray(part).data)
             self._parts = []
+
+    def _open(self) -> IO[bytes]:
+        """An unnamed file in the folder, or in the system's temporary folder where that cannot be written."""
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            return tempfile.TemporaryFile(dir=self._folder)
+        except OSError:
+            self._folder = Path(tempfile.gettempdir())
+            return tempfile.TemporaryFile(dir=self._folder)
 
     def images(self, shape: tuple[int, int, int]) -> np.ndarray:
         """All images, uint8 (N, H, W, C), in memory or mapped from the file. shape: (H, W, C)."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
 from harness.errors import UserError
 from harness.images.files import SUFFIXES, Entry, is_system_member, source_of_files
-from harness.images.source import Damaged, ImageSource, printable
+from harness.images.source import Damaged, ImageSource, class_labels, printable
 
 MAX_EXTENDED_BYTES = 1 << 20  # of an extended header, which holds a name and a size
 
@@ -122,11 +123,39 @@ def _pax_size(text: str) -> int:
     return int(text)
 
 
+LABEL_KEYS = ("label", "cls", "class", "class_id", "label_id")  # of a .json beside an image, the first that it has
+
+
+def json_label(entry: Entry) -> int | None:
+    """The label in a .json of webdataset: a whole number of at least 0, or an object with one; None: it has none."""
+    try:
+        data = json.loads(entry.read(limit=MAX_EXTENDED_BYTES))
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(data, dict):
+        data = next((data[key] for key in LABEL_KEYS if key in data), None)
+    return data if type(data) is int and 0 <= data < 10**9 else None  # not isinstance, which accepts true
+
+
+def class_of_member(names: Sequence[str]) -> list[str] | None:
+    """The class folder of each image of an archive by their names: the last folder, as in train/cat/1.png.
+
+    None where there are no classes: fewer than two folders, or folders at different places.
+    """
+    folders = [name.rpartition("/")[0] for name in names]
+    parents = {folder.rpartition("/")[0] for folder in folders}
+    if len(set(folders)) < 2 or len(parents) > 1 or "" in folders:
+        return None
+    return [folder.rpartition("/")[2] for folder in folders]
+
+
 def open_tar(path: Path) -> ImageSource:
-    """The images of a tar in stored order, and their labels from .cls members, if there are any."""
+    """The images of a tar in stored order. Labels: from .cls members, else .json members, else class folders, else none."""
     entries: list[Entry] = []
     keys: list[tuple[str, str]] = []  # of the entries: folder, and name up to the first dot
+    images: list[str] = []  # names of the entries
     classes: dict[tuple[str, str], int] = {}
+    described: dict[tuple[str, str], Entry] = {}  # the .json members
     ignored, names = 0, set()
     for name, offset, size in tar_members(path):
         if name in names:
@@ -139,17 +168,32 @@ def open_tar(path: Path) -> ImageSource:
             ignored += 1
         elif base.lower().endswith(SUFFIXES):
             entries.append(entry)
+            images.append(name)
             keys.append((folder, key))
         elif kind == "cls":
             text = entry.read(limit=20).strip()
             if re.fullmatch(rb"-?[0-9]{1,18}", text) is None:
                 raise UserError(f"{entry.name}: a label must be one whole number")
             classes[folder, key] = int(text)
+        elif kind == "json":
+            described[folder, key] = entry
         else:
             ignored += 1
     if not entries:
         raise UserError(f"{path}: no images in it; wanted .png members and, if there are labels, .cls beside them")
     labels = None
+    if not classes and described:
+        found = {key: json_label(described[key]) for key in keys if key in described}
+        if len(found) == len(set(keys)) and None not in found.values():
+            classes = {key: label for key, label in found.items() if label is not None}
+    if not classes:
+        ignored += len(described)
+    names_of_classes: tuple[str, ...] = ()
+    folders = None if classes else class_of_member(images)
+    if folders is not None:
+        by_name, numbered = class_labels(set(folders))
+        labels = [by_name[each] for each in folders]
+        names_of_classes = () if numbered else tuple(by_name)
     if classes:
         if len(set(keys)) != len(keys):
             raise UserError(f"{path}: two images share a name up to the first dot, so one .cls would label both")
@@ -159,7 +203,12 @@ def open_tar(path: Path) -> ImageSource:
                 f"{path}: {unlabelled or 'a .cls'} has no partner; every image needs one .cls, or none has any"
             )
         labels = [classes[key] for key in keys]
-    notes = ["a tar has no checksum for labels"] if labels else []
+    notes = [] if labels is None else ["a tar has no checksum for labels"]
+    if folders is not None:
+        meaning = "positions of the folders in sorted order" if names_of_classes else "names of the folders"
+        notes.append(f"labels are the {meaning}")
     if ignored:
         notes.append(f"{path.name}: {ignored} members that are not images were left out")
-    return source_of_files(str(path), entries, labels, notes)
+    source = source_of_files(str(path), entries, labels, notes)
+    source.classes = names_of_classes
+    return source

@@ -187,7 +187,7 @@ def is_locked(path: Path) -> bool:
 def read_json(path: Path, what: str) -> Any:
     """The JSON document at `path`. UserError where it is missing or broken; `what` names it in the message."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -217,6 +217,24 @@ def sha256_file(path: Path) -> str:
 def sha256_json(data: object) -> str:
     """SHA-256 of `data` as JSON with sorted keys; hexadecimal."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
+
+
+def check_output(path: Path, flag: str) -> None:
+    """UserError where the file `path` cannot be written, before the work whose result it is to hold. flag: that named it."""
+    try:
+        if path.is_dir():
+            raise UserError(f"{flag} {path} is a folder; name a file in it")
+        if path.exists() and not path.is_file():
+            raise UserError(f"{flag} {path} is a device or a pipe and no file; name another place")
+        place = path if path.exists() else next(each for each in path.absolute().parents if each.exists())
+        if place != path and not place.is_dir():
+            raise UserError(f"{flag} {path}: {place} is a file and no folder; name another place")
+        if not os.access(place, os.W_OK):
+            raise UserError(
+                f"{flag} {path} cannot be written: {place} is read-only, or yours to read alone; name another place"
+            )
+    except OSError as error:  # a name that is too long
+        raise UserError(f"{flag} {path}: {error.strerror or error}; name another place") from error
 
 
 def remove(path: Path) -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import math
 import re
+import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from harness.errors import UserError
 
 MAX_INT = 2**63 - 1  # of seeds and counts
 MAX_TILES = 1024  # images of one picture
@@ -117,8 +120,11 @@ def read_fraction(value: Any) -> float:
 
 
 def read_path(value: Any) -> Path:
-    """A path."""
-    return Path(value)
+    """A path. The working folder and a parent (., .., a/..) get their names, because files are named after a path."""
+    path = Path(value)
+    if not str(value):  # a variable of the shell that is not set; Path makes the working folder of it
+        raise ValueError("the path is empty; name a file or a folder")
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def read_text(value: object) -> str:
@@ -172,7 +178,20 @@ def read_texts(value: Any) -> tuple[str, ...]:
 
 def read_paths(value: Any) -> tuple[Path, ...]:
     """Paths: one, or a sequence of them."""
-    return tuple(Path(each) for each in ([value] if isinstance(value, str | Path) else value))
+    return tuple(read_path(each) for each in ([value] if isinstance(value, str | Path) else value))
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """The TOML document in a file, which may begin with a byte order mark. UserError: it cannot be read, or is no TOML.
+
+    what: names the kind of file in the message.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{what} file {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:  # syntax, encoding, a number too long, brackets too deep
+        raise UserError(f"{what} file {path} is not valid TOML: {error}") from error
 
 
 def count(text: str) -> int:

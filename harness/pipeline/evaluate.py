@@ -14,45 +14,55 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from harness.data.cache_dir import features
 from harness.data.images import ImageSet
 from harness.data.load import load_data, open_image_set, source_images
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import join_processes
-from harness.errors import UserError
+from harness.errors import RunError, UserError
 from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches
 from harness.images.spool import spooled
 from harness.io import files
 from harness.io.progress import Stages
 from harness.pipeline.evaluation_config import EvaluationConfig, make_config, open_reference, reference_images
-from harness.pipeline.sidecar import RecordFields, read_fields, samples_sha256
+from harness.pipeline.sidecar import RecordFields, name_of, read_fields, samples_sha256
 from harness.pipeline.training_images import needs_training_images, training_sha256, with_training_images
 from harness.protocols import NO_PROTOCOL, Protocol, get_protocol, protocol_of_files
 from harness.runs.provenance import Timing, environment, timing_of
 from harness.runs.run import Run, open_run
-from harness.runs.samples import read_sidecar, sidecar_path
+from harness.runs.samples import find_sidecar
 from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
 from results.records import Environment, Evaluation, Record, Sampling
-from results.store import append, load
+from results.store import RECORDS_FILE, append, load
 
 if TYPE_CHECKING:
     from evaluators.guards import ImageStats
     from evaluators.suites import Suite
-
-SHARDS_FOLDER = "parts"  # in the cache: features that the other processes of a group compute for the main one
-CACHE = "cache"  # folder next to the runs: features of reference images, by content
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateResult:
-    """Records of a sample set, their file, the name of the suite, and its note on the numbers ("": no note)."""
+    """Records of a sample set, their file, the name of the suite, and its note on the numbers ("": no note).
+
+    notes: on the samples and the reference images, such as files that were left out.
+    """
 
     records: tuple[Record, ...]
     records_file: Path
     suite: str
     note: str
+    notes: tuple[str, ...] = ()
+
+
+class RecordsNotWritten(RunError):
+    """The record file cannot be written. result: what was measured."""
+
+    def __init__(self, message: str, result: EvaluateResult):
+        super().__init__(message)
+        self.result = result
 
 
 @keyword_options(EvaluateOptions)
@@ -75,8 +85,14 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     run_folder = path.resolve().parent.parent.parent  # RUN/samples/NAME/samples.npz
     run = open_run(run_folder) if (run_folder / "run.json").exists() else None
     protocol_name = options.protocol
-    if protocol_name is None and run is None and sidecar_path(path).exists():
-        protocol_name = read_sidecar(path).get("identity", {}).get("protocol")
+    if protocol_name is None and run is None:
+        identity = (find_sidecar(path) or {}).get("identity")
+        named = identity.get("protocol") if isinstance(identity, dict) else None
+        protocol_name = named if isinstance(named, str) else None
+    records = options.out or (run.records if run else default_records(path))
+    files.check_output(records, "--out")
+    if options.neighbours is not None:
+        check_picture(options.neighbours)
     source = None if options.reference is None else open_reference(options.reference)
     if not protocol_name and run is not None:
         protocol = run.protocol
@@ -84,7 +100,6 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         protocol = _protocol_of_files(path, source, options.reference)
     else:
         protocol = get_protocol(protocol_name or DEFAULT_PROTOCOL)
-    records = options.out or (run.records if run else path.with_name("records.jsonl"))
     if options.reference is not None:
         images = reference_images(source, options.reference)
     elif options.data is None and run is not None and run.source_paths:  # in latents: the images that they were made of
@@ -98,12 +113,53 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     # Samples of unknown training are compared with the protocol's data set, unless another reference is given.
     if needs_training_images(config) and (expected is not None or options.reference is not None):
         config = with_training_images(config, images, expected, _candidates(options, run, protocol, expected))
-    with group.collective_scope():
-        result = evaluate_and_record(
-            path, protocol, images, records, cache=(run_folder.parent if run else path.parent) / CACHE, name=options.name,
-            config=config, group=group,
+    samples_source = _open_samples(path, protocol)
+    sources = [samples_source] if source is None else [samples_source, source]
+    log_notes(sources)  # before what may refuse them
+
+    def result_of(measured: list[Record]) -> EvaluateResult:
+        return EvaluateResult(
+            records=tuple(measured), records_file=records, suite=config.suite.name, note=config.suite.note,
+            notes=log_notes(sources),
         )  # fmt: skip
-    return EvaluateResult(records=tuple(result), records_file=records, suite=config.suite.name, note=config.suite.note)
+
+    measured: list[Record] = []
+    try:
+        with group.collective_scope():
+            evaluate_and_record(
+                path, protocol, images, records, cache=features(options.cache), name=options.name, config=config,
+                group=group, source=samples_source, measured=measured,
+            )  # fmt: skip
+    except RunError as error:
+        if not measured:
+            raise
+        raise RecordsNotWritten(str(error), result_of(measured)) from error
+    return result_of(measured)
+
+
+def default_records(path: Path) -> Path:
+    """The record file of samples that belong to no run: beside their file; of a folder or a pattern, whose neighbours may
+    be classes, in the working folder.
+    """
+    return path.with_name(RECORDS_FILE) if path.is_file() else Path(RECORDS_FILE)
+
+
+def check_picture(path: Path) -> None:
+    """UserError where the picture of --neighbours cannot be written."""
+    files.check_output(path, "--neighbours")
+    if path.suffix.lower() != ".png":
+        raise UserError(f"--neighbours {path}: the picture is a PNG; give it the ending .png")
+
+
+def log_notes(sources: Iterable[ImageSource]) -> tuple[str, ...]:
+    """The notes of the sources, each with the name of its source; a source's notes are logged once."""
+    notes = []
+    for source in sources:
+        for text in source.notes:
+            notes.append(f"{source.name}: {text}")
+            if source.first_time(text):
+                logger.info(f"note: {notes[-1]}")
+    return tuple(notes)
 
 
 def _protocol_of_files(path: Path, reference: ImageSource | None, name: Path) -> Protocol:
@@ -112,9 +168,13 @@ def _protocol_of_files(path: Path, reference: ImageSource | None, name: Path) ->
     labels = [each.labels for each in (samples, reference) if each is not None and each.labels is not None]
     known = bool(labels) and all(int(each.min()) >= 0 for each in labels)  # -1 is a usual label of unlabelled images
     classes = 1 + max(int(each.max()) for each in labels) if known else 1
-    return protocol_of_files(
-        name.resolve().stem or "reference", samples.shape, classes, get_protocol(DEFAULT_PROTOCOL).suite
-    )
+    return protocol_of_files(name_of(name.resolve()), samples.shape, classes, get_protocol(DEFAULT_PROTOCOL).suite)
+
+
+def _open_samples(path: Path, protocol: Protocol) -> ImageSource:
+    """The samples at `path`; their labels must be classes of the protocol, if it has classes."""
+    of_files = protocol.name == NO_PROTOCOL
+    return open_images(path, classes=None if of_files else protocol.num_classes or None, any_arr_1=of_files)
 
 
 def _candidates(
@@ -148,14 +208,14 @@ def evaluate_samples_file(
     cache: Path,
     config: EvaluationConfig,
     name: str | None = None,
+    source: ImageSource | None = None,
 ) -> list[Record]:
     """Records of the sample set at `path`, evaluated with the suite of `config` against the images of `data`.
 
-    `name` is the row name of samples without a sidecar. Raises `UserError` for too few samples, and for shapes or
-    labels that are not the protocol's.
+    source: the samples, if they are open already. `name` is the row name of samples without a sidecar. Raises
+    `UserError` for too few samples, and for shapes or labels that are not the protocol's.
     """
-    of_files = protocol.name == NO_PROTOCOL
-    source = open_images(path, classes=None if of_files else protocol.num_classes, any_arr_1=of_files)
+    source = source or _open_samples(path, protocol)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as images:
         # the hash that `samples_sha256` gives, without reading a folder a second time
@@ -353,13 +413,17 @@ def evaluate_and_record(
     name: str | None = None,
     config: EvaluationConfig | None = None,  # None: the protocol's suite
     group: ProcessGroup = SINGLE_PROCESS,  # its processes share the extraction; the others may return no records
+    source: ImageSource | None = None,  # the samples, if they are open already
+    measured: list[Record] | None = None,  # gets the records, also where they cannot be written
 ) -> list[Record]:
     """The records of a sample set: those in the file `records`, or else new ones, which are appended to it."""
+    measured = [] if measured is None else measured
     from evaluators.reference import images_sha256
     from evaluators.sharded_extraction import ShardedExtraction
 
     config = config or EvaluationConfig.of(protocol)
-    about = read_fields(path, samples_sha256(path), name)
+    sha256 = samples_sha256(path) if source is None or path.is_file() else source.sha256()
+    about = read_fields(path, sha256, name)
     # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.
     must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
     existing = None
@@ -367,17 +431,19 @@ def evaluate_and_record(
         reference = images_sha256(data.images)
         existing = existing_records(records, about, protocol, config.suite, reference, config.training_sha256)
     if group.broadcast(int(existing is not None)):
-        return existing or []
+        measured += existing or []
+        return measured
+    shards = records.with_name(f".{records.name}.parts")  # features that the other processes compute for the main one
     if group.size > 1:
-        sharding = ShardedExtraction(index=group.index, size=group.size, folder=cache / SHARDS_FOLDER)
+        sharding = ShardedExtraction(index=group.index, size=group.size, folder=shards)
         config = dataclasses.replace(config, sharding=sharding)
-    new = evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name)
+    measured += evaluate_samples_file(path, protocol, data, cache=cache, config=config, name=name, source=source)
     if group.is_main:
-        append(records, new)
+        append(records, measured)
     group.barrier("all is measured")
     if group.is_main and group.size > 1:
-        files.remove(cache / SHARDS_FOLDER)  # it may hold parts of an evaluation that was killed
-    return new
+        files.remove(shards)  # it may hold parts of an evaluation that was killed
+    return measured
 
 
 def existing_records(

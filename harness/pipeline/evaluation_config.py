@@ -162,4 +162,4 @@ def reference_images(source: ImageSource | None, path: Path) -> ImageSet:
         return ImageSet(name=path.stem, images=np.empty((0, 1, 1, 3), np.uint8), labels=np.empty(0, np.int64))
     images = source.array()
     labels = np.zeros(len(images), np.int64) if source.labels is None else source.labels
-    return ImageSet(name=path.stem, images=images, labels=labels)
+    return ImageSet(name=path.name if path.is_dir() else path.stem, images=images, labels=labels)

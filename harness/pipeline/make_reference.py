@@ -24,6 +24,7 @@ from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches, pixel_hash
 from harness.io import files
 from harness.io.progress import Stages
+from harness.io.text import read_path
 from harness.randomness.threefry_numpy import Purpose, bits
 
 BATCH = 256  # images read at a time
@@ -48,7 +49,10 @@ def open_source(source: str, data: Path | None = None) -> ImageSource:
         return from_batches([images.images], len(images), labels=images.labels, name=f"data set {source}")
     if data is not None:
         raise UserError(f"--data is the path of a data set, and {source!r} is none; leave it out")
-    path = Path(source)
+    try:
+        path = read_path(source)
+    except ValueError as error:
+        raise UserError(f"SOURCE: {error}") from error
     if not path.exists() and not any(sign in source for sign in "*?["):
         known = registry.unknown("data set", source, registry.datasets.names())
         raise UserError(f"{source}: no such file or folder, and {known}")

@@ -88,7 +88,7 @@ def labels_of_classes(
 ) -> tuple[tuple[int, ...], tuple[tuple[str, ...], ...]]:
     """(the labels of --classes, the names of all classes). Raises UserError for an unknown class, and where there are none."""
     assert options.classes is not None
-    if protocol.num_classes == 1 or not any(arguments.get("num_classes") for _, arguments in networks):
+    if protocol.num_classes <= 1 or not any(arguments.get("num_classes") for _, arguments in networks):
         raise UserError(
             f"--classes: {owner} is unconditional, so its images have no class; leave out --classes, and look at the grid.png "
             "of its sample set"

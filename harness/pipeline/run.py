@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from harness.data.cache_dir import features
 from harness.data.images import ImageSet
 from harness.data.load import source_images
-from harness.errors import UserError
-from harness.pipeline.evaluate import CACHE, evaluate_and_record
+from harness.errors import RunError, UserError
+from harness.pipeline.evaluate import evaluate_and_record, log_notes
 from harness.pipeline.evaluation_config import make_evaluator
 from harness.pipeline.report import report
 from harness.pipeline.sample import decoder_of, sample_run
@@ -63,13 +64,16 @@ def run(options: RunOptions) -> RunResult:
             "`harness train`, then sample the whole with `harness sample --system`"
         )
     evaluator = make_evaluator(request.protocol, options.reference, options.features_weights)
+    if evaluator is not None and evaluator.config.reference is not None:
+        log_notes([evaluator.config.reference])
     session = open_session(request, options)
     milestones = sorted({*(options.evaluate_at or ()), request.recipe.steps})
     if milestones[-1] > request.recipe.steps:
         raise UserError(
             f"--evaluate-at {milestones[-1]} is beyond the last step, {request.recipe.steps}; raise --steps"
         )
-    group, samples, records = session.group, [], []
+    group, samples = session.group, []
+    records: list[Record] = []
     with group.locked(session.folder):
         # Before the training, which takes long: these files may be missing.
         decoder = decoder_of(session, options.decoder, options.device)
@@ -91,14 +95,21 @@ def run(options: RunOptions) -> RunResult:
                 for steps in request.sampling.steps
             ]  # fmt: skip
             samples += paths
-            if evaluator is None:
+            if config is None:
                 continue
             assert images is not None
             for path in paths:
-                records += evaluate_and_record(
-                    path, request.protocol, images, run.records, cache=run.folder.parent / CACHE,
-                    config=config, group=group,
-                )  # fmt: skip
+                measured: list[Record] = []
+                try:
+                    evaluate_and_record(
+                        path, request.protocol, images, run.records, cache=features(options.cache),
+                        config=config, group=group, measured=measured,
+                    )  # fmt: skip
+                except RunError:  # the records cannot be written: a full disk
+                    for record in measured:
+                        logger.info(f"measured and not kept: {path}: {record.metric} {record.value:.6g}")
+                    raise
+                records += measured
     commands: list[str] = []
     run_report = None
     if group.is_main and evaluator is None:

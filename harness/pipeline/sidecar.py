@@ -19,10 +19,11 @@ from harness.compute import TRAINING_FACTOR
 from harness.diffusion.samplers import has_eta
 from harness.errors import UserError, shown
 from harness.images.open import open_images
+from harness.images.source import printable
 from harness.io import files
 from harness.runs.run import Resolved, recipe_identity
 from harness.runs.sample_set import SampleRequest
-from harness.runs.samples import read_sidecar, sidecar_path
+from harness.runs.samples import find_sidecar, sidecar_path
 from harness.systems.binding import Source
 from harness.systems.spec import System
 from results.records import Record, Sampling, Training
@@ -94,10 +95,10 @@ def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordField
     name: row name, instead of the sidecar's. Without a sidecar, the fields are only `name` (default: the name of the
     file) and the hash. Raises `UserError` for the sidecar of other samples, of a newer harness or of another program.
     """
-    sidecar = sidecar_path(path)
-    if not sidecar.exists():
-        return RecordFields(system=name or path.stem, sampling=Sampling(samples_sha256=sha256))
-    data = read_sidecar(path)
+    name = None if name is None else printable(name)
+    sidecar, data = sidecar_path(path), find_sidecar(path)
+    if data is None:
+        return RecordFields(system=name or name_of(path), sampling=Sampling(samples_sha256=sha256))
     if data.get("sha256") != sha256:
         raise UserError(f"{path} is not the file that {sidecar} describes (its hash differs); put the right one back")
     schema = data.get("schema", 1)
@@ -117,6 +118,11 @@ def read_fields(path: Path, sha256: str, name: str | None = None) -> RecordField
         raise UserError(
             f"{sidecar} does not say how the samples were made ({error}); give --name and move it away"
         ) from error
+
+
+def name_of(path: Path) -> str:
+    """The row name of samples without a sidecar: the name of their folder, or of their file without its suffix."""
+    return printable(path.name if path.is_dir() else path.stem) or str(path)
 
 
 def fields_of_run(

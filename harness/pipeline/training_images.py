@@ -11,16 +11,14 @@ from typing import Any
 from harness.data.images import ImageSet
 from harness.errors import UserError
 from harness.pipeline.evaluation_config import EvaluationConfig
-from harness.runs.samples import read_sidecar, sidecar_path
+from harness.runs.samples import find_sidecar
 
 logger = logging.getLogger(__name__)
 
 
 def training_sha256(samples: Path) -> str | None:
     """The hash of the training images that the sidecar of a sample set states, of a system its base's; None: not stated."""
-    if not sidecar_path(samples).exists():
-        return None
-    data = read_sidecar(samples)
+    data = find_sidecar(samples)
     # from before records stated it, the hash is in the identity of the run or, of a system, of the base's run
     for place in (
         ("record", "training", "dataset_sha256"),

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from harness.diffusion.guidance import Guidance, below_one, read_guidance
 from harness.diffusion.samplers import canonical_sampler
 from harness.errors import UserError, shown
-from harness.io.text import MAX_INT, count
+from harness.io.text import MAX_INT, count, read_toml
 from harness.registry import protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
@@ -178,7 +177,9 @@ class Protocol:
         _check_finite(self, f"protocol {self.name!r}")
         if self.space not in ("pixels", "latents"):
             raise UserError(f"protocol {self.name!r}: space {shown(self.space)} is not one of pixels, latents")
-        for name in ("resolution", "image_channels", "num_classes", "input_size", "in_channels", "samples", "version"):
+        if self.num_classes < 0:
+            raise UserError(f"protocol {self.name!r}: num_classes must not be negative; 0 is without classes")
+        for name in ("resolution", "image_channels", "input_size", "in_channels", "samples", "version"):
             if getattr(self, name) < 1:
                 raise UserError(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")
         if self.space == "pixels" and (self.input_size, self.in_channels) != (self.resolution, self.image_channels):
@@ -227,13 +228,7 @@ def protocol_of_files(dataset: str, shape: tuple[int, int, int], num_classes: in
 
 def load(path: Path) -> Protocol:
     """The protocol in a TOML file. Raises `UserError` if the file cannot be read or is not valid."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"protocol file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # syntax, encoding, a number too long, brackets too deep
-        raise UserError(f"protocol file {path} is not valid TOML: {error}") from error
-    return from_dict(data, str(path))
+    return from_dict(read_toml(path, "protocol"), str(path))
 
 
 def get_protocol(name: str) -> Protocol:

@@ -13,7 +13,7 @@ from typing import Any, TypedDict
 
 from harness._version import VERSION
 from harness.errors import UserError
-from harness.runs.samples import read_sidecar
+from harness.runs.samples import find_sidecar
 
 LIBRARIES = (
     "torch",
@@ -109,7 +109,8 @@ def timing_of(samples: Path) -> Timing:
     """
     timing: Timing = {}
     try:
-        data = read_sidecar(samples)
+        if (data := find_sidecar(samples)) is None:
+            return timing
         spent, drawn = data.get("spent", {}), data.get("drawn", {})
         if len(spent) == 1 and UNKNOWN not in spent:
             (device_and_seconds,) = spent.items()

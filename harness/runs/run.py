@@ -274,12 +274,19 @@ def lock_folder(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def network_classes(spec: BackboneSpec, protocol: Protocol) -> int:
+    """The number of classes of the network. Without classes (num_classes 0) it is 0, or 1 where labels can be dropped: such
+    a network has a table of labels, whose one class all images have.
+    """
+    return max(protocol.num_classes, 0 if spec.null_label is None else 1)
+
+
 def build_arguments(spec: BackboneSpec, protocol: Protocol, out_channels: int | None = None) -> dict[str, Any]:
     """The builder's arguments that the protocol decides: input size, channels, classes (and out_channels, if given)."""
     values = {
         "input_size": protocol.input_size,
         "in_channels": protocol.in_channels,
-        "num_classes": protocol.num_classes,
+        "num_classes": network_classes(spec, protocol),
         "out_channels": out_channels,
     }
     arguments = {name: value for name, value in values.items() if name in spec.defaults and value is not None}

@@ -161,7 +161,9 @@ def labels_of(policy: str, seed: int, count: int, num_classes: int) -> np.ndarra
     """Labels of samples 0 ... count-1, int64 (count,).
 
     policy: "random": each label is uniform over the classes; "balanced": 0, 1, ..., num_classes - 1, 0, 1, ...
+    Without classes (num_classes 0) all labels are 0, which no network reads.
     """
+    num_classes = max(num_classes, 1)
     index = np.arange(count, dtype=np.int64)
     if policy == "balanced":
         return index % num_classes

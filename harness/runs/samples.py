@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from harness.errors import UserError
 from harness.images.npz import read_npz
 from harness.images.source import label_outside
 from harness.io.files import replacing, sha256_file
+
+logger = logging.getLogger(__name__)
+_not_ours: set[Path] = set()  # documents beside samples that a warning has named
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +87,38 @@ def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
     return archive.open(zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0)), "w", force_zip64=True)
 
 
+def find_sidecar(path: Path) -> dict[str, Any] | None:
+    """The sidecar of the samples at `path`; None: they have none.
+
+    Only a sample set that is one .npz has a sidecar. A JSON document of the same stem that another program wrote is named
+    in a warning and left alone. UserError for one that cannot be read, and for a sidecar that was cut.
+    """
+    side = sidecar_path(path) if path.suffix.lower() == ".npz" and path.is_file() else None
+    if side is None or not side.is_file():
+        return None
+    try:
+        data = side.read_bytes()
+    except OSError as error:
+        raise UserError(f"{side} cannot be read as JSON: {error.strerror or error}") from error
+    try:
+        document = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        document = None
+        if b'"sha256": "' in data and b'"images": ' in data:
+            return read_sidecar(path)  # which says what is wrong
+    if isinstance(document, dict) and {"images", "sha256", "shape"} <= document.keys():
+        return document
+    if side not in _not_ours:
+        _not_ours.add(side)
+        logger.warning(f"{side} is not the sidecar of {path.name}, by its content; it was not read")
+    return None
+
+
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The sidecar of the npz at `path`, as a dictionary. Raises UserError if it is missing or not a JSON object."""
     side = sidecar_path(path)
     try:
-        sidecar = json.loads(side.read_text(encoding="utf-8"))
+        sidecar = json.loads(side.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{side} is missing: it says how {Path(path).name} was made") from None
     except (OSError, ValueError) as error:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.io.text import read_path, read_text, read_texts
 from harness.settings.setting import REQUIRED, Options, setting
-from harness.settings.training_flags import DEFAULT_PROTOCOL, EVALUATOR_BACKENDS
+from harness.settings.training_flags import DEFAULT_PROTOCOL, EVALUATOR_BACKENDS, cache_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,10 @@ class EvaluateOptions(Options):
     )
     name: str | None = setting("Row name for samples without a sidecar.", read_text, metavar="TEXT")
     out: Path | None = setting(
-        "Record file.", read_path, metavar="FILE", default_text="the run's, or records.jsonl next to the samples",
+        "Record file.", read_path, metavar="FILE", default_text="the run's; records.jsonl next to a file of samples, of a folder in the working folder",
         type_name="path",
     )  # fmt: skip
+    cache: Path | None = cache_setting()
     neighbours: Path | None = setting(
         "Write a picture of the samples nearest to training images.", read_path, metavar="FILE.png", type_name="path"
     )

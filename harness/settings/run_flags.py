@@ -9,6 +9,7 @@ from harness.io.text import read_count, read_counts, read_path, read_switch, rea
 from harness.settings.sampling_flags import SamplingSettings
 from harness.settings.setting import setting
 from harness.settings.train_flags import TrainOptions
+from harness.settings.training_flags import cache_setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class RunOptions(SamplingSettings, TrainOptions):
         "Weights of the suite's network, if it needs them.", read_path, metavar="FILE", study="features_weights",
         flags=("--features-weights", "--inception"), type_name="path",
     )  # fmt: skip
+    cache: Path | None = cache_setting()
     evaluate_at: tuple[int, ...] | None = setting(
         "Also sample and evaluate after these training steps.", read_counts, metavar="N,N,...", type_name="counts"
     )

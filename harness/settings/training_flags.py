@@ -101,3 +101,11 @@ LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}
 LOGGER_HELP = (
     "Also write the losses for this viewer, in the folder of the run (repeatable; needs the extra of the same name)."
 )
+
+
+def cache_setting() -> Any:
+    """The setting of the folder of cached features, of the commands that evaluate."""
+    return setting(
+        "Folder of features that were computed before; several machines need one that they share.", read_path, metavar="DIR",
+        default_text="$HARNESS_CACHE, or backbone-harness in $XDG_CACHE_HOME or ~/.cache", type_name="path",
+    )  # fmt: skip

@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import math
 import re
-import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,7 +38,7 @@ from typing import Any
 
 from harness.diffusion.guidance import Guidance, read_guidance
 from harness.errors import UserError, shown
-from harness.io.text import count, read_switch
+from harness.io.text import count, read_switch, read_toml
 from harness.protocols import LONGEST_NAME
 from harness.registry import unknown
 from harness.settings import RunOptions, settings_of, study_settings
@@ -84,13 +83,7 @@ def load(path: Path) -> Study:
 
     Raises `UserError`, which names the item, if an item is unknown, is missing, has another type or is given twice.
     """
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"study file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # syntax, encoding, a number too long, brackets too deep
-        raise UserError(f"study file {path} is not valid TOML: {error}") from error
-    return from_dict(data, path)
+    return from_dict(read_toml(path, "study"), path)
 
 
 def from_dict(data: dict[str, Any], path: Path) -> Study:

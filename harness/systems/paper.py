@@ -103,6 +103,43 @@ def _adm(resolution: int) -> tuple[System, ...]:
     return plain, upsampled, guided, both
 
 
+def _adm_in_pixels(resolution: int) -> tuple[System, System]:
+    """ADM at 64 or 128 pixels, plain and guided by its classifier; the DiT paper has no row for them."""
+    schedule, scale = {64: ("cosine", 1.0), 128: ("linear", 0.5)}[resolution]
+    plain = System(
+        name=f"adm-{resolution}",
+        summary=f"ADM at {resolution} pixels, 250 DDPM steps; not of the paper",
+        protocol=f"imagenet-{resolution}",
+        base=Component(backbone=f"adm-{resolution}", schedule=schedule, clip_denoised=True),
+        uint8_rule="adm",
+    )
+    guided = replace(
+        plain,
+        name=f"adm-g-{resolution}",
+        summary=f"ADM at {resolution} pixels, 250 DDPM steps, guided by its classifier, scale {scale:g}; not of the paper",
+        classifier=GuidanceClassifier(backbone=f"adm-classifier-{resolution}", schedule=schedule, scale=scale),
+    )
+    return plain, guided
+
+
+def _adm_unconditional() -> tuple[System, System]:
+    """ADM's network without classes at 256 pixels, plain and guided by the classifier with the scale of its README."""
+    plain = System(
+        name="adm-256-uncond",
+        summary="unconditional ADM at 256 pixels, 250 DDPM steps; not of the paper",
+        protocol="imagenet-256",
+        base=Component(backbone="adm-256", arguments={"num_classes": 0}, clip_denoised=True),
+        uint8_rule="adm",
+    )
+    guided = replace(
+        plain,
+        name="adm-g-256-uncond",
+        summary="unconditional ADM at 256 pixels, 250 DDPM steps, guided by the classifier, scale 10; not of the paper",
+        classifier=GuidanceClassifier(backbone="adm-classifier-256", scale=10.0),
+    )
+    return plain, guided
+
+
 def _ldm(name: str, *, factor: int, scale: float, steps: int, row: str) -> System:
     """LDM with an autoencoder of `factor` and classifier-free guidance of `scale` (1: none). row: see `System.row`."""
     words = f"classifier-free guidance {scale:g}" if scale != 1 else "no guidance"
@@ -244,6 +281,9 @@ BUILT_IN: tuple[System, ...] = (
     *_adm(512),
     *_dits(512),
     *(_sit(kind, scale) for kind in ("sde", "ode") for scale in (1.0, 1.5)),
+    *_adm_in_pixels(64),
+    *_adm_in_pixels(128),
+    *_adm_unconditional(),
     _augmented_cascade(),
     *_small(),
 )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar
 
 from harness import registry
 from harness.errors import UserError, shown
+from harness.io.text import read_toml
 from harness.protocols import LONGEST_NAME, MAX_INT
 from harness.registry import unknown
 from harness.systems.spec import Component, GuidanceClassifier, System, WeakNetwork
@@ -43,13 +43,7 @@ def system_from_dict(data: dict[str, Any], where: str) -> System:
 
 def load_system(path: Path) -> System:
     """The system in a TOML file. Raises `UserError` if the file cannot be read or is not valid."""
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"system file {path}: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:  # wrong TOML or encoding, numbers too long, brackets too deep
-        raise UserError(f"system file {path} is not valid TOML: {error}") from error
-    return system_from_dict(data, str(path))
+    return system_from_dict(read_toml(path, "system"), str(path))
 
 
 def get_system(name: str) -> System:

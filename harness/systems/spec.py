@@ -437,7 +437,9 @@ class System:
         protocol = get_protocol(self.protocol)
         arguments_of = {name: part.spec.arguments(**part.arguments) for name, part in self.parts.items()}
         for name, arguments in arguments_of.items():
-            if arguments.get("num_classes", protocol.num_classes) != protocol.num_classes:
+            # 0: an unconditional network, which fits every protocol; 1: one whose table of labels has a single class
+            fitting = (0, protocol.num_classes, max(protocol.num_classes, 1))
+            if arguments.get("num_classes", protocol.num_classes) not in fitting:
                 raise UserError(
                     f"{where}: {name} has {arguments['num_classes']} classes and protocol {protocol.name!r} has "
                     f"{protocol.num_classes}; choose weights, or arguments, of {protocol.num_classes}"

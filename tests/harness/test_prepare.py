@@ -307,7 +307,10 @@ NOT_SOURCES = {
     "another file": (lambda path: _file(path / "x.zip", b""), "cannot be prepared"),
     "no images": (lambda path: _file(path / "a" / "x.txt", b"").parent.parent, "no images"),
     "deep": (lambda path: _file(path / "a" / "b" / "x.jpg", b"").parents[2], "a folder inside a class folder"),
-    "no label": (lambda path: tar(path / "x.tar", [("a.jpg", PICTURE)]), "a.jpg has no partner"),
+    "no label": (
+        lambda path: tar(path / "x.tar", [("a.jpg", PICTURE), ("b.jpg", PICTURE), ("b.cls", b"0")]),
+        "a.jpg has no partner",
+    ),
     "no image": (lambda path: tar(path / "x.tar", [("a.cls", b"1")]), "has no partner"),
     "words": (lambda path: tar(path / "x.tar", [("a.jpg", PICTURE), ("a.cls", b"cat")]), "one whole number"),
     "twice": (lambda path: tar(path / "x.tar", [("a.jpg", b"1"), ("a.jpg", b"2"), ("a.cls", b"1")]), "twice"),

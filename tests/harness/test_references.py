@@ -163,7 +163,8 @@ def test_a_real_network_sees_the_same_in_another_order_within_rounding(tmp_path)
         print(name, np.abs(one[name] - other[name]).max() / scale)
 
 
-def test_the_second_command_asks_the_network_nothing(tmp_path, source):
+def test_the_second_command_asks_the_network_nothing(tmp_path, source, monkeypatch):
+    monkeypatch.setenv("HARNESS_CACHE", str(tmp_path / "cache"))
     seen = lambda: tiny_suite.Projection.seen  # noqa: E731
     before = seen()
     first = facts(reference(source, tmp_path / "r.npz", "--json"))
@@ -176,7 +177,7 @@ def test_the_second_command_asks_the_network_nothing(tmp_path, source):
     assert (tmp_path / "r.npz").read_bytes() == content
     facts(reference(source, tmp_path / "fewer.npz", "--images", 30, "--json"))  # the same statistics
     assert seen() == before + N
-    (cached,) = (tmp_path / "cache").iterdir()
+    (cached,) = (tmp_path / "cache" / "features").iterdir()
     cached.write_bytes(cached.read_bytes()[:-40])  # damaged: made again, not believed
     facts(reference(source, tmp_path / "more.npz", "--images", 31, "--json"))
     assert seen() == before + 2 * N
@@ -184,9 +185,9 @@ def test_the_second_command_asks_the_network_nothing(tmp_path, source):
 
 def test_features_that_evaluation_has_kept_are_used(tmp_path, source, pictures):
     extractor = tiny_suite.Projection(tiny_suite.made("tiny").features, "cpu")
-    build_reference(pictures[0], extractor, cache=tmp_path / "cache")
+    build_reference(pictures[0], extractor, cache=tmp_path / "cache" / "features")
     before = tiny_suite.Projection.seen
-    facts(reference(source, tmp_path / "r.npz", "--json"))
+    facts(reference(source, tmp_path / "r.npz", "--json", "--cache", tmp_path / "cache"))
     assert tiny_suite.Projection.seen == before
 
 
@@ -369,7 +370,7 @@ with tiny_suite.registered():
 
 def child(folder):
     code = CHILD.format(tests=str(Path(__file__).parent))
-    environment = {**os.environ, "TINY_SUITE_LOG": str(folder / "log")}
+    environment = {**os.environ, "TINY_SUITE_LOG": str(folder / "log"), "HARNESS_CACHE": str(folder / "cache")}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -400,7 +401,7 @@ def test_killed_in_the_middle_it_leaves_no_half_file_and_continues(tmp_path, pic
     assert process.returncode == 0, said
     assert (killed / "r.npz").read_bytes() == (whole / "r.npz").read_bytes()
     assert sorted(path.name for path in killed.iterdir()) == ["cache", "log", "r.npz", "source.npz"]
-    assert [path.suffix for path in (killed / "cache").iterdir()] == [".npz"]
+    assert [path.suffix for path in (killed / "cache" / "features").iterdir()] == [".npz"]
     calls = -(-N // 20)
     assert calls <= seen() <= calls + kills  # at most the call that was under way is repeated
 
@@ -460,7 +461,8 @@ def test_without_a_protocol_sizes_and_classes_are_those_of_the_files(tmp_path, s
         assert ours["value"] == theirs["value"] and ours["evaluation"] == theirs["evaluation"]
         assert (ours["protocol"], ours["dataset"], ours["resolution"], ours["n"]) == ("none", "source", 8, 120)
         assert "protocol_version" not in ours and (theirs["protocol"], theirs["protocol_version"]) == ("pictures", "1")
-    (tmp_path / "samples.json").write_text(json.dumps({"identity": {"protocol": "no such"}}))
+    sidecar = {"images": 120, "shape": [8, 8, 3], "sha256": "0", "identity": {"protocol": "no such"}}
+    (tmp_path / "samples.json").write_text(json.dumps(sidecar))
     assert "no such" in refused(compared(tmp_path / "samples.npz", source))  # a sidecar names one
 
 
@@ -483,6 +485,14 @@ def test_other_sizes_and_labels_as_adms_evaluator_takes_them(side, labels, tmp_p
     own, other = (statistics(seen_by_network(part).pooled) for part in (images[:120], images[120:]))
     assert record["value"] == pytest.approx(frechet_distance(own, other), rel=1e-9)
     assert (record["protocol"], record["dataset"], record["resolution"]) == ("none", "r", side[0])
+
+
+def test_a_reference_in_a_folder_has_the_whole_name_of_the_folder(tmp_path, compared):
+    images = np.random.RandomState(6).randint(40, 240, (260, 8, 8, 3)).astype(np.uint8)
+    (tmp_path / "cfg-1.5").mkdir()
+    np.savez(tmp_path / "s.npz", arr_0=images[:120])
+    np.savez(tmp_path / "cfg-1.5" / "0.npz", arr_0=images[120:])
+    assert by_metric(compared(tmp_path / "s.npz", tmp_path / "cfg-1.5"))["fd"]["dataset"] == "cfg-1.5"
 
 
 def test_from_python_without_a_protocol_and_the_command_that_repeats_it(tmp_path, source, judged, compared):

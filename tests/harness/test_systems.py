@@ -345,6 +345,8 @@ def test_the_parts_of_our_own_systems_are_what_training_makes(name):
         side = wanted["input_size"]
         pixels = {"input_size": side, "resolution": side, "in_channels": get_protocol(system.protocol).image_channels}
         task = replace(get_protocol(system.protocol), space="pixels", **pixels)
+        if wanted.get("num_classes") == 0:  # trained on the same images without their classes
+            task = replace(task, num_classes=0)
         trained = part.spec.arguments(**build_arguments(part.spec, task))
         assert trained == wanted, part.backbone
 
