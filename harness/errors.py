@@ -32,8 +32,13 @@ def one_line(error: BaseException) -> str:
     first = (str(error).strip().splitlines() or [""])[0]
     text = f"{type(error).__name__}: {first}" if first else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if not any(part in frame.filename for part in _LIBRARIES)] or frames
-    # The innermost frame that is neither of a framework nor of the standard library is the one to look at.
+    here = str(Path(__file__).parent) + os.sep
+    # The innermost frame that is neither of a framework nor of the harness is the one to look at, if there is one.
+    own = [
+        frame
+        for frame in frames
+        if not frame.filename.startswith(here) and not any(part in frame.filename for part in _LIBRARIES)
+    ]
     return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
 
 

@@ -77,7 +77,10 @@ class Registry(Generic[Item]):
         """The item of that name. Raises `UserError`, which suggests similar names, if there is none."""
         self._load()
         if name not in self._items:
-            raise UserError(unknown(self.noun, name, self._items))
+            failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
+            raise UserError(
+                unknown(self.noun, name, self._items) + (f"; a plug-in could not be loaded: {failed}" if failed else "")
+            )
         return self._items[name]
 
     def names(self) -> list[str]:

@@ -119,7 +119,7 @@ class BackboneSpec:
         builder = self.builder(framework)
         further = {}
         # The metaclass of nnx.Module hides the signature of a class; that of its __init__ shows.
-        signature = inspect.signature(vars(builder).get("__init__", builder) if isinstance(builder, type) else builder)
+        signature = inspect.signature(getattr(builder, "__init__") if isinstance(builder, type) else builder)  # noqa: B009
         if framework == "jax" and "rngs" in signature.parameters:
             from backbones.flax_layers import initial_rngs
 

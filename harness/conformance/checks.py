@@ -17,6 +17,8 @@ from harness.errors import RunError, UserError, one_line, shown
 from harness.spec import BackboneSpec
 
 IMAGES = 3  # in a batch
+MANY_IMAGES = 16
+FEW_CLASSES = 4  # that the null label is told apart from, beside the last one
 SAME_IMAGE = 1e-4  # relative difference between an image alone and in a batch: the order of sums may differ
 MATTERS = 1e-6  # relative change of the output from which on an input counts as used
 FROZEN = 0.1  # largest share of the numbers in parameters that may be fixed
@@ -190,6 +192,8 @@ def fractional_times(subject: Subject) -> str | None:
     _check_output(subject, out, " with float32 t in [0, 1]")
     if np.array_equal(out.values, between.values):
         return "rounds t to whole numbers, so objectives in continuous time (sit, edm) cannot train it"
+    if not np.isfinite(subject.moved.call({**inputs, "t": -times}).values).all():
+        return "gives NaN or infinity for negative t, so the objective edm, whose network time is ln(sigma) / 4, cannot train it"
     return None
 
 
@@ -211,14 +215,17 @@ def null_label(subject: Subject) -> str | None:
         raise Failure(
             f"expected the null label {null} to be known, came {one_line(error)}: the table of labels needs a row for it"
         ) from error
-    last = subject.moved.call({**inputs, "y": np.full(IMAGES, classes - 1)}).values
     if null < classes:
         raise Failure(f"expected a null label that is no class, came {null}, which is one of the {classes} classes")
-    if not np.isfinite(of_null).all() or _difference(of_null, last) < MATTERS:
-        raise Failure(
-            f"expected another output for the null label {null} than for class {classes - 1}, came "
-            f"{'the same' if np.isfinite(of_null).all() else 'NaN'}: the table of labels needs a row for it"
-        )
+    if not np.isfinite(of_null).all():
+        raise Failure(f"expected an output for the null label {null}, came NaN: the table of labels needs a row for it")
+    for label in sorted({*range(min(classes, FEW_CLASSES)), classes - 1}):
+        of_class = subject.moved.call({**inputs, "y": np.full(IMAGES, label)}).values
+        if _difference(of_null, of_class) < MATTERS:
+            raise Failure(
+                f"expected another output for the null label {null} than for class {label}, came the same: the table of "
+                "labels needs a row for it"
+            )
     return None
 
 
@@ -226,20 +233,22 @@ def images_alone(subject: Subject) -> None:
     """No image depends on the others in its batch, neither in evaluation nor in training mode."""
     inputs = subject.inputs()
     together = subject.moved.call(inputs).values
-    alone = subject.moved.call({name: array[:1] for name, array in inputs.items()}).values
-    if alone.shape[0] != 1:
-        raise Failure(f"expected one output for one image, came {alone.shape[0]}")
-    if (found := _difference(alone, together[:1])) > SAME_IMAGE:
-        raise Failure(
-            f"expected the same output for an image alone and in a batch, came a difference of {found:.2g} of its standard "
-            "deviation: something is summed or normalised over the batch"
-        )
-    of_input, _ = subject.moved.gradients(inputs)
-    if np.abs(of_input[1:]).max() > 0:
-        raise Failure(
-            "expected images that do not depend on each other in training, came a gradient of the first image's output "
-            "with respect to another image: batch norm, or a mean over the batch"
-        )
+    for image in range(IMAGES):
+        alone = subject.moved.call({name: array[image : image + 1] for name, array in inputs.items()}).values
+        if alone.shape[0] != 1:
+            raise Failure(f"expected one output for one image, came {alone.shape[0]}")
+        if (found := _difference(alone, together[image : image + 1])) > SAME_IMAGE:
+            raise Failure(
+                f"expected the same output for an image alone and in a batch, came a difference of {found:.2g} of its "
+                "standard deviation: something is summed or normalised over the batch, or taken from one of its images"
+            )
+    for image in (0, IMAGES - 1):
+        of_input, _ = subject.moved.gradients(inputs, slice(image, image + 1))
+        if np.abs(np.delete(of_input, image, axis=0)).max() > 0:
+            raise Failure(
+                "expected images that do not depend on each other in training, came a gradient of one image's output with "
+                "respect to another image: batch norm, or a mean over the batch"
+            )
 
 
 def training_mode(subject: Subject) -> str | None:
@@ -262,8 +271,8 @@ def training_mode(subject: Subject) -> str | None:
 
 def gradients(subject: Subject) -> str | None:
     """Every parameter that is trained gets a gradient, and little is frozen."""
-    inputs = subject.inputs()
-    _, found = subject.moved.gradients(inputs)
+    # Many images, because a network may choose parts of itself by image or label.
+    _, found = subject.moved.gradients(subject.inputs(MANY_IMAGES), slice(None))
     silent = [name for name, value in found.items() if value is None or not np.any(value)]
     if silent:
         raise Failure(

@@ -42,13 +42,13 @@ class JaxNetwork:
             out = self._compiled[training, precision](params, rest, *_arrays(inputs))
         return Output(values=np.asarray(out.astype(jnp.float32)), dtype=str(out.dtype), written=())
 
-    def gradients(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
+    def gradients(self, inputs: Inputs, images: slice) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
         graph, params, rest = split(self.net)
 
         def total(params: nnx.State, first: Array, *others: Array) -> Array:
             out = _forward(graph, True, params, rest, first, *others)
             probe = np.random.default_rng(1).standard_normal(out.shape[1:], np.float32)
-            return (out[0].astype(jnp.float32) * probe).sum()
+            return (out[images].astype(jnp.float32) * probe).sum()
 
         with matmul_context("float32"):
             of_weights, of_input = jax.jit(jax.grad(total, argnums=(0, 1)))(params, *_arrays(inputs))

@@ -36,10 +36,13 @@ class Network(Protocol):
     framework: str
 
     def call(self, inputs: Inputs, *, training: bool = False, precision: str = "float32") -> Output:
-        """One call on inputs of `make_inputs`; the arrays stay as they are."""
+        """One call on inputs of `make_inputs`; the arrays stay as they are.
 
-    def gradients(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
-        """Of a random sum of the outputs of the first image alone, in training mode.
+        What is random has another seed at every call in evaluation mode, and the same one in training mode.
+        """
+
+    def gradients(self, inputs: Inputs, images: slice) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
+        """Of a random sum of the outputs of these images alone, in training mode.
 
         Returns the gradients with respect to x, float32 (N, C, H, W), and to each trained weight by name; None: there is
         none.

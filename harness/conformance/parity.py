@@ -31,8 +31,8 @@ def parity(torch_subject: Subject, jax_subject: Subject) -> Finding:
             f"expected outputs within {OUTPUTS:g} of their standard deviation, came a difference of {difference:.2g} from the "
             "same weights",
         )  # fmt: skip
-    _, by_torch = ours.gradients(inputs)
-    _, by_jax = theirs.gradients(inputs)
+    _, by_torch = ours.gradients(inputs, slice(None))
+    _, by_jax = theirs.gradients(inputs, slice(None))
     # A gradient that is nothing but rounding, such as that of a bias before a norm, is measured against all others.
     floor = FLOOR * max(_size(value) for value in by_torch.values() if value is not None)
     for name, expected in by_torch.items():

@@ -24,6 +24,7 @@ class TorchNetwork:
 
     def __init__(self, spec: BackboneSpec, arguments: dict[str, Any], seed: int = 0):
         self.net = build(spec, arguments, seed)
+        self._calls = 0
         if not isinstance(self.net, torch.nn.Module):
             raise Failure(
                 f"expected a torch.nn.Module from the builder {spec.builders['torch']}, came {type(self.net).__name__}"
@@ -33,12 +34,13 @@ class TorchNetwork:
         self.net.train(training)
         tensors = _tensors(inputs)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), autocast(CPU, precision):
-            torch.manual_seed(0)  # of dropout
+            self._calls += 1
+            torch.manual_seed(0 if training else self._calls)
             out = _checked(self.net(*tensors.values()))
         written = tuple(name for name, array in inputs.items() if not np.array_equal(tensors[name].numpy(), array))
         return Output(values=out.float().numpy(), dtype=str(out.dtype).removeprefix("torch."), written=written)
 
-    def gradients(self, inputs: Inputs) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
+    def gradients(self, inputs: Inputs, images: slice) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
         self.net.train()
         tensors = _tensors(inputs)
         first = next(iter(tensors))  # x, or z of a generator
@@ -51,7 +53,7 @@ class TorchNetwork:
         if not out.requires_grad:
             raise Failure("expected an output with gradients in training mode, came one without: is it detached?")
         probe = torch.from_numpy(np.random.default_rng(1).standard_normal(tuple(out.shape[1:]), np.float32))
-        found = torch.autograd.grad((out[0].float() * probe).sum(), [source, *weights], allow_unused=True)
+        found = torch.autograd.grad((out[images].float() * probe).sum(), [source, *weights], allow_unused=True)
         arrays = [None if each is None else each.float().numpy() for each in found]
         of_input = np.zeros(tuple(source.shape), np.float32) if arrays[0] is None else arrays[0]
         return of_input, dict(zip(names, arrays[1:], strict=True))

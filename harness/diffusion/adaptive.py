@@ -31,6 +31,7 @@ Array: TypeAlias = Any  # of torch or jax
 RTOL, ATOL = 1e-3, 1e-6  # SiT's (willisma/SiT train_utils.py, parse_ode_args, @947f95b)
 ORDER = 5
 SAFETY, LEAST_FACTOR, LARGEST_FACTOR = 0.9, 0.2, 10.0  # of the change of the step size from one attempt to the next
+NEAR_AN_END = 1e-5  # relative difference of times
 MAX_ATTEMPTS = 10_000  # of an image: tolerances that float32 cannot meet
 PROGRESS_UNITS = 100  # of the progress bar, for a batch
 STAGES = 7  # slopes of a step; the last is the first one of the next step
@@ -110,7 +111,7 @@ class AdaptivePlan:
             )
         if guidance.scale == 1 or not guidance.interval:
             return (Segment(self.begin, self.end, guidance.scale != 1),)
-        low, high = (self._time_of(sigma) for sigma in read_interval(guidance.interval))
+        low, high = (self._snapped(self._time_of(sigma)) for sigma in read_interval(guidance.interval))
         if low >= high:
             raise UserError(
                 f"guidance {guidance.short} guides nothing: the noise levels sigma of {self.name} go from "
@@ -123,6 +124,13 @@ class AdaptivePlan:
         at = self.process.coefficients(np.float64(t), np)
         with np.errstate(divide="ignore"):
             return float(at.s / at.a) if at.a > 0 else float("inf")
+
+    def _snapped(self, t: float) -> float:
+        """t, or the beginning or the end where it is so near to them that float32 times leave no room for a step."""
+        for edge in (self.begin, self.end):
+            if abs(t - edge) <= NEAR_AN_END * max(abs(edge), self.begin * NEAR_AN_END):
+                return edge
+        return t
 
     def _time_of(self, sigma: float) -> float:
         """The t, in the range of the plan, at which the noise level s / a is `sigma`, which may be 0 or infinite.
@@ -266,7 +274,9 @@ def judged(
 
 def is_stuck(t: np.ndarray, end: float, step: np.ndarray, attempts: int) -> bool:
     """Whether an image makes no progress: its values are not finite, or float32 does not meet the tolerances."""
-    return bool(((t > end) & ((t - step >= t) | ~np.isfinite(step))).any()) or attempts > MAX_ATTEMPTS
+    is_working = t > end
+    without_progress = (t - step >= t) | ~np.isfinite(step) | (attempts > MAX_ATTEMPTS)
+    return bool((is_working & without_progress).any())
 
 
 class Progress:

@@ -49,7 +49,8 @@ def continuous_grid(process: Process, steps: int, kind: str, *, first: float, la
     if name not in CONTINUOUS_GRIDS:
         raise UserError(unknown("spacing of sampling times", kind, [*CONTINUOUS_GRIDS]))
     times = CONTINUOUS_GRIDS[name](process, steps, first, last, parameter)
-    if not (np.diff(times) < 0).all() or times[-1] <= 0:
+    # also where two times are below the first one that the process is defined at, which stands for both
+    if not (np.diff(np.maximum(times, process.first)) < 0).all() or times[-1] <= 0:
         raise UserError(
             f"{steps} sampling steps with the spacing {shown(kind)} ask for the same time twice: give fewer steps"
         )
@@ -161,7 +162,10 @@ CONTINUOUS_GRIDS: Mapping[str, Callable[[Process, int, float, float, str], np.nd
 
 
 def _respaced(schedule: Schedule, steps: int | str) -> np.ndarray:
-    if str(steps) == "1":  # `space_timesteps` gives timestep 0, which ddpm and ddim take; a solver begins at the noise
+    if str(steps) in (
+        "1",
+        "ddim1",
+    ):  # `space_timesteps` gives timestep 0, as ddpm and ddim take; a solver begins at noise
         return np.array([len(schedule) - 1])
     return space_timesteps(len(schedule), steps)[::-1]
 

@@ -55,7 +55,10 @@ def respacing(steps: int, spacing: str) -> int | str | None:
         return None
     total = sum(map(int, spacing.split(":")))
     if total != steps:
-        raise UserError(f"the spacing {shown(spacing)} has {total} steps, not {steps}: give --sampling-steps {total}")
+        raise UserError(
+            f"the spacing {shown(spacing)} has {total} timesteps, and the sampler takes {steps}: change one of them (dpm++-2s "
+            "takes two for each step of --sampling-steps)"
+        )
     return spacing.replace(":", ",")
 
 

@@ -121,7 +121,8 @@ class SamplerSpec:
 
     make: function of a `SamplerTask` that returns the `SamplerTable`, or raises UserError where they do not fit. None: the
     adaptive sampler (`harness.diffusion.adaptive`), which has no table, no steps to set and no evaluations known before.
-    has_eta: whether the table depends on eta; if not, sample sets and records have no eta. options: what may follow the
+    has_eta: whether the table depends on eta; if not, sample sets and records have no eta. needs_timesteps: whether it goes
+    over the timesteps of a table and is refused in continuous time. options: what may follow the
     name, in this order.
     """
 
@@ -129,6 +130,7 @@ class SamplerSpec:
     summary: str
     make: Callable[[SamplerTask], SamplerTable] | None
     has_eta: bool = False
+    needs_timesteps: bool = False
     options: tuple[SamplerOption, ...] = ()
 
     @property
@@ -180,6 +182,12 @@ def has_eta(sampler: str) -> bool:
     for one whose plug-in does not say."""
     name = _split(sampler)[0]
     return name not in registry.samplers or getattr(registry.samplers.get(name), "has_eta", True)
+
+
+def needs_timesteps(sampler: str) -> bool:
+    """Whether the sampler is refused in continuous time. False if that is not known, as of one that is not installed now."""
+    name = _split(sampler)[0]
+    return name in registry.samplers and bool(getattr(registry.samplers.get(name), "needs_timesteps", False))
 
 
 def is_adaptive(sampler: str) -> bool:
@@ -287,13 +295,21 @@ BUILT_IN = (
         name="ddpm",
         summary="ancestral sampling over respaced steps (Ho et al. 2020; the paper's, 250)",
         make=_ddpm,
+        needs_timesteps=True,
     ),
-    SamplerSpec(name="ddim", summary="DDIM (Song et al. 2021); --eta 0 is deterministic", make=_ddim, has_eta=True),
+    SamplerSpec(
+        name="ddim",
+        summary="DDIM (Song et al. 2021); --eta 0 is deterministic",
+        make=_ddim,
+        has_eta=True,
+        needs_timesteps=True,
+    ),
     SamplerSpec(
         name="ddim-ldm",
         summary="DDIM over the timesteps of LDM's code, which ends one step early",
         make=_ddim_ldm,
         has_eta=True,
+        needs_timesteps=True,
     ),
     SamplerSpec(
         name="euler", summary="first-order ODE: DDIM on any schedule, Euler's rule on flow", make=_of_nodes("euler")

@@ -20,7 +20,7 @@ from harness.diffusion.sampler_plan import (
     guided_evaluations,
     sampler_plan,
 )
-from harness.diffusion.samplers import is_adaptive
+from harness.diffusion.samplers import is_adaptive, needs_timesteps
 from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
@@ -28,6 +28,7 @@ from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
 from harness.runs.run import Run, RunSpec, build_arguments
 from harness.spec import BackboneSpec, Compute
 
+IN_CONTINUOUS_TIME = "dpm++-2m"  # the sampler where the protocol's needs timesteps and the user names none
 ADAPTIVE_STEPS = (1,)  # the `Sampling.steps` of an adaptive sampler: one sample set; the number means nothing
 CHECKPOINT_BYTES = 16  # per parameter: weight, EMA and two moments in float32
 WEIGHT_BYTES = 4  # per parameter of an average of the weights (float32)
@@ -147,7 +148,8 @@ def resolve_request(
 ) -> Request:
     """The request, after checking that backbone, protocol, recipe and sampling settings fit together.
 
-    sampling, samples: as in `make_request`. Raises `UserError` for what does not fit, or if the framework is not installed.
+    A schedule in continuous time is sampled by IN_CONTINUOUS_TIME if the protocol's sampler goes over timesteps and
+    `sampling` names none. sampling, samples: as in `make_request`. Raises `UserError` for what does not fit, or if the framework is not installed.
     """
     spec = registry.backbones.get(backbone)
     if spec.kind == "generator":
@@ -163,6 +165,12 @@ def resolve_request(
     sampling_settings = override(
         protocol.sampling, {name: value for name, value in (sampling or {}).items() if value is not None}
     )
+    if (
+        recipe.schedule in PROCESSES
+        and needs_timesteps(sampling_settings.sampler)
+        and (sampling or {}).get("sampler") is None
+    ):
+        sampling_settings = dataclasses.replace(sampling_settings, sampler=IN_CONTINUOUS_TIME)
     if is_adaptive(sampling_settings.sampler):
         if (sampling or {}).get("steps") not in (None, ADAPTIVE_STEPS):
             raise UserError(

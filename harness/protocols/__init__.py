@@ -17,7 +17,7 @@ from harness.diffusion.guidance import Guidance, below_one, read_guidance
 from harness.diffusion.samplers import canonical_sampler
 from harness.errors import UserError, shown
 from harness.io.text import MAX_INT, count, read_toml
-from harness.registry import protocols, unknown
+from harness.registry import objectives, protocols, unknown
 
 GUIDANCE_CHANNELS = ("first-3", "all")
 LONGEST_NAME = 100
@@ -262,7 +262,10 @@ def _with_preset(items: dict[str, Any]) -> dict[str, Any]:
     """
     from harness.diffusion.objectives import PRESETS
 
-    preset = PRESETS.get(items.get("objective", ""))
+    name = items.get("objective", "")
+    if name and name not in PRESETS and name not in objectives:
+        raise UserError(unknown("objective", str(name), [*PRESETS, *objectives.names()]))
+    preset = PRESETS.get(name)
     return (
         items if preset is None else {**preset, **{name: value for name, value in items.items() if name != "objective"}}
     )

@@ -106,6 +106,45 @@ class BatchMean(Good):
         return h - h.mean(0, keepdim=True)
 
 
+class DropoutAlways(Good):
+    def hidden(self, x, t, y):
+        return torch.nn.functional.dropout(super().hidden(x, t, y), 0.1)
+
+
+class TimeOfTheFirst(Good):
+    def condition(self, t, y):
+        return super().condition(t[:1].expand(len(t)), y)
+
+
+class SumOverBatch(Good):
+    def hidden(self, x, t, y):
+        return super().hidden(x, t, y).cumsum(0)
+
+
+class NullIsClassZero(Good):
+    labels = 0
+
+    def condition(self, t, y):
+        return super().condition(t, y % 5)
+
+
+class LogOfTime(Good):
+    def condition(self, t, y):
+        return super().condition(t.float().log(), y)
+
+
+class TwoExperts(Good):
+    """One of two branches for each image, by its label: right, though one image does not use both."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.other = nn.Conv2d(arguments["in_channels"], arguments["width"], 1)
+
+    def hidden(self, x, t, y):
+        other = self.other(x) + self.condition(t, y)[:, :, None, None]  # (N, D, H, W)
+        return torch.where((y % 2 == 0)[:, None, None, None], super().hidden(x, t, y), other)
+
+
 class OtherInTraining(Good):
     def hidden(self, x, t, y):
         return super().hidden(x, t, y) * (2 if self.training else 1)

@@ -49,6 +49,10 @@ def test_a_good_network_passes():
         (networks.OneSize, "other sizes", "RuntimeError"),
         (networks.HiddenState, "save and load", "neither parameter nor buffer"),
         (networks.NotFinite, "output", "NaN or infinity"),
+        (networks.DropoutAlways, "the same output twice", "something random works outside training"),
+        (networks.TimeOfTheFirst, "images do not depend on each other", "taken from one of its images"),
+        (networks.SumOverBatch, "images do not depend on each other", "summed or normalised over the batch"),
+        (networks.NullIsClassZero, "null label", "than for class 0"),
         (networks.Detached, "images do not depend on each other", "is it detached?"),
     ],
 )
@@ -63,6 +67,7 @@ def test_a_fault_is_named(network, check, message):
     ("network", "check", "message"),
     [
         (networks.OtherInTraining, "training and sampling mode", "something else in training"),
+        (networks.LogOfTime, "fractional times", "for negative t"),
         (networks.IntegerTimes, "fractional times", "takes timesteps only"),
         (networks.KnowsNoBfloat16, "bfloat16", "my_kernel is not implemented for BFloat16"),
     ],
@@ -70,6 +75,10 @@ def test_a_fault_is_named(network, check, message):
 def test_a_limitation_is_a_remark(network, check, message):
     (found,) = [each for each in findings(networks.spec_of(network)) if each.check == check]
     assert found.status == "note" and message in found.message
+
+
+def test_a_network_that_chooses_by_label_passes():
+    assert [each for each in findings(networks.spec_of(networks.TwoExperts)) if each.status == "failed"] == []
 
 
 def test_specs_that_do_not_fit_their_network():

@@ -293,3 +293,16 @@ def test_a_network_of_zeros_ends_at_once():
     found, counts = torch_solve(plan, lambda x, t: torch.zeros_like(x))
     np.testing.assert_array_equal(found, IMAGES)
     assert counts.max() <= 2 + 6 * 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "objective", "interval"), [("flow", "velocity", "0.1-1e8"), ("ve", "edm", "0.1-79.9999999")]
+)
+def test_an_end_of_an_interval_beside_the_beginning_is_the_beginning(schedule, objective, interval):
+    """Float32 times have no room for a step between the two: the solver would divide by a step of zero."""
+    plan = plan_of(schedule, objective)
+    assert plan.segments(Guidance(1.5, interval)) == plan.segments(Guidance(1.5, interval.partition("-")[0] + "-"))
+
+
+def test_an_end_of_an_interval_beside_the_end_is_the_end():
+    assert len(plan_of("flow", "velocity").segments(Guidance(1.5, "1e-50-2"))) == 2

@@ -290,3 +290,19 @@ def test_continuous_time_has_no_largest_number_of_steps():
     assert found.evaluations(1500) == 1500
     with pytest.raises(UserError, match="1500 sampling steps are more than the 1000 steps of the diffusion"):
         make_request(backbone="dit-xs-4", protocol="digits", settings={"objective": "v-cosine"}, sampling=sampling)
+
+
+def test_continuous_time_has_a_sampler_where_none_is_named():
+    from harness.planning.request import make_request
+
+    options = {"backbone": "dit-xs-4", "protocol": "digits"}
+    for objective in ("sit", "sd3", "jit", "edm"):
+        request = make_request(settings={"objective": objective}, **options)
+        assert request.sampling.sampler == "dpm++-2m"
+    assert make_request(settings={"objective": "v-cosine"}, **options).sampling.sampler == "ddpm"
+    named = make_request(settings={"objective": "sit"}, sampling={"sampler": "heun"}, **options)
+    assert named.sampling.sampler == "heun"
+    with pytest.raises(UserError, match="needs a schedule of timesteps"):
+        make_request(settings={"objective": "sit"}, sampling={"sampler": "ddim"}, **options)
+    with pytest.raises(UserError, match="unknown objective 'sitt'; did you mean sit"):
+        make_request(settings={"objective": "sitt"}, **options)

@@ -148,7 +148,7 @@ def test_by_the_command_line_too():
         done = harness(*words, text)
         assert done.exit_code == 2 and advice in " ".join(done.output.split())
     for steps, spacing, message in (
-        (30, "10:10:20", "has 40 steps, not 30: give --sampling-steps 40"),
+        (30, "10:10:20", "has 40 timesteps, and the sampler takes 30"),
         (25, "0:25", "not understood"),
         (600, "whole-stride", "no whole stride takes 600"),
         (25, "tailing", "did you mean trailing"),

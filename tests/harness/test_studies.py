@@ -184,7 +184,10 @@ def test_a_variant_is_named_wherever_its_run_is(tmp_path, monkeypatch, caplog):
         ("[variant.flow]\nsampler = 'heun'", r"\[variant.flow\]: unknown item 'sampler'"),
         ("[variant.flow]\nrecipe = { steps = 3 }", "steps are set by budgets"),
         ("[variant.flow]\nsampling = { sampler = 3 }", "sampler = 3: must be text"),
-        ("[variant.flow]\nrecipe = { objective = 'sit' }", "needs a schedule of timesteps"),
+        (
+            "[variant.flow]\nrecipe = { objective = 'sit' }\nsampling = { sampler = 'ddpm' }",
+            "needs a schedule of timesteps",
+        ),
     ],
 )
 def test_variants_that_do_not_fit_are_refused(text, message, tmp_path):

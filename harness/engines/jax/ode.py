@@ -236,9 +236,10 @@ class JaxOdeStage:
                     began = time.monotonic()
                     carry, t, step = self._attempts(is_guided, state, carry, end, np.int32(self._attempts_per_call), y)
                     slowest = float(np.asarray(t).max())
+                    tried = self._attempts_per_call
                     if attempts and time.monotonic() - began < CALL_SECONDS / 2:  # not the first call: it compiles
                         self._attempts_per_call *= 2
-                    attempts += self._attempts_per_call
+                    attempts += tried
                     if adaptive.is_stuck(np.asarray(t), float(end), np.asarray(step), attempts):
                         raise stuck_error(plan, slowest)
                     progress.reach((plan.begin - slowest) / (plan.begin - plan.end))
