@@ -33,8 +33,11 @@ def costs_text(plan: Plan) -> str:
                 f"  sampling    {plan.samples:,} images by {row.sampler}{guidance}: Gflops are not known before sampling"
             )
             continue
+        evaluations = round(row.gflops / (plan.samples * plan.gflops))
+        counted = f" ({evaluations:,} evaluations)" if evaluations != row.steps else ""
         lines.append(
-            f"  sampling    {plan.samples:,} images x {row.steps} {row.sampler} steps{guidance} = {row.gflops:.4g} Gflops"
+            f"  sampling    {plan.samples:,} images x {row.steps} {row.sampler} steps{guidance}{counted}"
+            f" = {row.gflops:.4g} Gflops"
         )
     if plan.match is not None:
         lines.append(f"  matched     training: {match_text(plan.match)}")
