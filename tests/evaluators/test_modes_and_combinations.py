@@ -123,7 +123,8 @@ def test_any_metrics_on_any_features(place):
     keys = [key for key, metric in METRICS.items() if metric.minimum <= 200]
     assert len(keys) >= 9
     found = records(place, "--suite", f"{SPEC.name}:{','.join(keys)}")
-    assert list(found) == keys
+    # of the samples' training nothing is known, and the metrics that need its images are left out
+    assert list(found) == [key for key in keys if not METRICS[key].needs_training]
     assert {(each.evaluation.suite, each.evaluation.mode) for each in found.values()} == {(SPEC.name, None)}
     alone = records(place, "--suite", f"{SPEC.name}:kid", "--out", place / "alone.jsonl")
     assert list(alone) == ["kid"] and alone["kid"].id == found["kid"].id  # whatever else was measured

@@ -229,7 +229,7 @@ def test_checkpoint_bytes_without_the_option_are_those_of_before(plain):
     """The names and shapes in the parts, and the recipe's identity, as they were before there was this option."""
     assert "ema_widths" not in json.dumps(json.loads((plain.folder / "run.json").read_text())["identity"])
     state = json.loads((plain.run.ema_checkpoint(12) / "state.json").read_text())
-    assert list(state) == ["schema", "step", "seconds", "spent", "files"] and list(state["files"]) == [
+    assert list(state) == ["schema", "step", "seconds", "spent", "trained_with", "files"] and list(state["files"]) == [
         "ema.safetensors"
     ]
 

@@ -221,7 +221,9 @@ def test_only_the_time_of_one_device_is_stated(shop):
         side.write_text(json.dumps(facts | {"spent": spent}))
         assert not {"training_seconds", "training_device"} & timing_of(path).keys()
     side.write_text(json.dumps(facts | {"drawn": {"device": "a", "seconds": None}}))  # went on after a kill
-    assert timing_of(path) == {name: known[name] for name in ("training_seconds", "training_device")}
+    assert timing_of(path) == {
+        name: known[name] for name in ("training_seconds", "training_device", "training_versions")
+    }
     assert timing_of(path.with_name("none.npz")) == {}
 
 

@@ -65,5 +65,7 @@ def test_versions_in_turn(tmp_path):
     assert versions_in_turn({"trained_with": [older]}, "torch") == [older, now]
     assert versions_in_turn({"seconds": 1.0}, "torch") == [{}, now]  # from before versions were recorded
     for before, text in ((older, f"1.0, then {now['torch']}"), ({}, f"not recorded, then {now['torch']}")):
-        (tmp_path / "samples.json").write_text(json.dumps({"trained_with": [before, now]}))
+        side = {"images": 1, "sha256": "0" * 64, "shape": [8, 8, 1], "trained_with": [before, now]}
+        (tmp_path / "samples.json").write_text(json.dumps(side))
+        (tmp_path / "samples.npz").touch()
         assert timing_of(tmp_path / "samples.npz")["training_versions"]["torch"] == text
