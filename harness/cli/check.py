@@ -18,7 +18,11 @@ from harness.spec import FRAMEWORKS
 @click.option(
     "--framework", type=click.Choice(FRAMEWORKS), help="[default: all that the backbone has and are installed]"
 )
-@click.option("--protocol", metavar="NAME|FILE.toml", help="Check at the input of this protocol. [default: digits]")
+@click.option(
+    "--protocol",
+    metavar="NAME|FILE.toml",
+    help="Check at the input of this protocol. [default: the backbone's own input]",
+)
 @json_option
 def command(name: str, framework: str | None, protocol: str | None, as_json: bool) -> None:
     """Check that a backbone does what training, sampling and counting rely on. Exit code 1 if a check fails.

@@ -6,8 +6,9 @@ where the network is wrong.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,16 +43,13 @@ class Subject:
     framework: str
     arguments: dict[str, Any]  # all of them
     make: Callable[[BackboneSpec, dict[str, Any], int], Network]  # of (spec, arguments, seed)
-    _kept: dict[str, Network] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def moved(self) -> Network:
         """The network with moved weights: built once, and never changed after."""
-        if "moved" not in self._kept:
-            network = self.build()
-            move_weights(network)
-            self._kept["moved"] = network
-        return self._kept["moved"]
+        network = self.build()
+        move_weights(network)
+        return network
 
     def build(self, seed: int = 0, **changes: Any) -> Network:
         """A new network. `changes` replace arguments."""
@@ -121,11 +119,8 @@ def other_sizes(subject: Subject) -> str | None:
     refused = []
     for change in changes:
         ((name, value),) = change.items()
-        change |= (
-            {"low_res_size": arguments["low_res_size"] * 2}
-            if name == "input_size" and "low_res_size" in arguments
-            else {}
-        )
+        if name == "input_size" and "low_res_size" in arguments:
+            change["low_res_size"] = 2 * arguments["low_res_size"]
         try:
             network = subject.build(**change)
         except UserError as error:

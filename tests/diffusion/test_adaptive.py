@@ -8,7 +8,15 @@ import pytest
 import torch
 import torchdiffeq
 
-from harness.diffusion.adaptive import ATOL, ERROR_WEIGHTS, RTOL, STAGE_TIMES, STAGE_WEIGHTS
+from harness.diffusion.adaptive import (
+    ATOL,
+    ERROR_WEIGHTS,
+    MAX_ATTEMPTS,
+    RTOL,
+    STAGE_TIMES,
+    STAGE_WEIGHTS,
+    is_stuck,
+)
 from harness.diffusion.guidance import Guidance
 from harness.diffusion.sampler_plan import check_guided_rows, guided_evaluations, sampler_plan
 from harness.engines.jax import ode as jax_ode
@@ -306,3 +314,11 @@ def test_an_end_of_an_interval_beside_the_beginning_is_the_beginning(schedule, o
 
 def test_an_end_of_an_interval_beside_the_end_is_the_end():
     assert len(plan_of("flow", "velocity").segments(Guidance(1.5, "1e-50-2"))) == 2
+
+
+def test_only_an_image_that_is_still_at_work_can_be_stuck():
+    step = np.full(2, 0.1, np.float32)
+    done, half_done = np.zeros(2, np.float32), np.array([0, 0.5], np.float32)
+    assert not is_stuck(done, 0.0, step, MAX_ATTEMPTS + 1)
+    assert is_stuck(half_done, 0.0, step, MAX_ATTEMPTS + 1) and not is_stuck(half_done, 0.0, step, MAX_ATTEMPTS)
+    assert is_stuck(half_done, 0.0, np.array([0.1, np.nan], np.float32), 1)

@@ -85,3 +85,20 @@ def test_a_framework_that_is_not_installed_is_named_with_its_remedy(monkeypatch)
     monkeypatch.delitem(sys.modules, "backbones.flax_layers", raising=False)
     with pytest.raises(UserError, match=r"pip install 'backbone-harness\[jax\]'"):
         backbones.get("dit-xs-2").build("jax")
+
+
+def test_a_network_in_jax_is_built_with_rngs_also_by_an_inherited_init(monkeypatch):
+    """The metaclass of nnx.Module hides the signature of its classes."""
+    from flax import nnx
+
+    class WithRngs(nnx.Module):
+        def __init__(self, *, width, rngs):
+            self.width, self.rngs = width, rngs
+
+    class Inherits(WithRngs):
+        pass
+
+    for network in (WithRngs, Inherits):
+        monkeypatch.setattr(BackboneSpec, "builder", lambda self, framework, network=network: network)
+        made = BackboneSpec(name="x", builders={"jax": "a:b"}, defaults={"width": 3}).build("jax")
+        assert made.width == 3 and type(made) is network and isinstance(made.rngs, nnx.Rngs)
