@@ -52,7 +52,11 @@ def _section(comparable: Matchups, verdicts: Sequence[tuple[Matchup, Verdict]]) 
         remarks.append(
             f"{comparable.alone} of {comparable.experiments} trained experiments have no opponent of the same compute."
         )
-    groups = {_name(group): group for matchup, _ in verdicts for group in (matchup.group, matchup.opponent)}
+    groups = {
+        _name(ours, theirs): ours
+        for each, _ in verdicts
+        for ours, theirs in ((each.group, each.opponent), (each.opponent, each.group))
+    }
     remarks += [f"{name}: {text}." for name, group in groups.items() for text in cautions(group.records)]
     if comparable.left_out or comparable.skipped:
         words = f" and {comparable.skipped} further metrics and ways of sampling" if comparable.skipped else ""
@@ -71,9 +75,9 @@ def _cells(matchup: Matchup, verdict: Verdict) -> tuple[Cell, ...]:
     """The cells of COLUMNS."""
     largest_tie = "" if verdict.largest_tie is None else f" \u00b1 {verdict.largest_tie:.2g}"
     return (
-        Cell(_name(matchup.group)),
+        Cell(_name(matchup.group, matchup.opponent)),
         Cell(verdict.verdict),
-        Cell(_name(matchup.opponent)),
+        Cell(_name(matchup.opponent, matchup.group)),
         Cell(title_of([*matchup.group.records, *matchup.opponent.records])),
         Cell(matchup.sampling),
         Cell(quantity_text(compute(matchup.group)), compute(matchup.group)),
@@ -94,10 +98,15 @@ def _gflops_an_image(matchup: Matchup) -> Cell:
     return Cell(quantity_text(ours) + ("" if is_matched else f" (opponent {quantity_text(theirs)})"), ours)
 
 
-def _name(group: Group) -> str:
-    """`dit-b-4 (400 steps, 3 seeds)`, `dit-b-4 (400 steps, seed 0)`; `1 seed` if the only seed is not stated."""
-    training = group.records[0].training or Training()
+def _name(group: Group, other: Group) -> str:
+    """`dit-b-4 (400 steps, 3 seeds)`, `dit-b-4 (velocity on flow, 400 steps, seed 0)`; `1 seed` if the only seed is not stated.
+
+    The objective is named where that of `other`, which stands in the same line, is another one.
+    """
+    training, others = (each.records[0].training or Training() for each in (group, other))
     words = [f"{count_text(training.steps)} steps"] if training.steps is not None else []
+    if (training.objective, training.schedule) != (others.objective, others.schedule) and training.objective:
+        words.insert(0, training.objective + (f" on {training.schedule}" if training.schedule else ""))
     if len(group.seeds) > 1:
         words.append(f"{len(group.seeds)} seeds")
     else:

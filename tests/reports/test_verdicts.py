@@ -108,6 +108,22 @@ def test_the_table_says_which_compute_is_matched(trained):
         assert row["sampling_gflops"] == "10.0" and row.get("opponent_sampling_gflops", "") == str(theirs or "")
 
 
+def test_objectives_are_named_where_they_are_what_differs(trained):
+    """Else both sides of a line read alike: one network, one seed, equal steps."""
+    first, second, third = trained("a", 100.0, 12.0), trained("a", 100.0, 15.0), trained("b", 100.0, 20.0)
+
+    def of(record, objective, schedule):
+        return dataclasses.replace(
+            record, training=dataclasses.replace(record.training, objective=objective, schedule=schedule)
+        )
+
+    records = [of(first, "velocity", "flow"), of(second, "v", "cosine"), of(third, "velocity", "flow")]
+    lines = verdict_table(records).sections[0].lines
+    names = {(line.cells[0], line.cells[2]) for line in lines}
+    assert ("a (velocity on flow, 800 steps, seed 0)", "a (v on cosine, 800 steps, seed 0)") in names
+    assert ("b (800 steps, seed 0)", "a (800 steps, seed 0)") in names and len(names) == 2
+
+
 def test_a_mean_over_several_versions_is_marked(trained):
     mixed = [
         dataclasses.replace(
