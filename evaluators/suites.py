@@ -8,7 +8,7 @@ import logging
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from evaluators.features import EFFICIENTNET_LITE0_96, INCEPTION_2015, INCEPTION_2015_CLEAN
+from evaluators.features import EFFICIENTNET_LITE0_96, FASHION_MNIST_CNN, INCEPTION_2015, INCEPTION_2015_CLEAN
 from evaluators.features.spec import FeatureSpec
 from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from evaluators.metrics import FID, METRICS, SFID, Metric
@@ -101,6 +101,14 @@ EMBEDDED = Suite(
     metrics=tuple(METRICS[key] for key in ("fd", "kid", "is", "precision", "recall", "copies")),
 )
 
+FASHION_MNIST = Suite(
+    name="fashion-mnist",
+    version=1,
+    features=FASHION_MNIST_CNN,
+    metrics=tuple(METRICS[key] for key in ("fd", "kid", "is", "precision", "recall")),
+)
+"""A second opinion on images of Fashion-MNIST: features that were learned from them."""
+
 _ADM_EVALUATOR = "Dhariwal and Nichol 2021, arXiv:2105.05233; openai/guided-diffusion evaluations/evaluator.py"
 _TORCH_FIDELITY = "Obukhov et al. 2020, doi:10.5281/zenodo.4957738; torch-fidelity 0.4.0"
 
@@ -192,7 +200,8 @@ CLIP = Suite(name="clip", version=1, features=CLIP_VIT_L_14_336, metrics=(METRIC
 """CMMD on the features that it was published for."""
 
 BUILT_IN = {
-    suite.name: suite for suite in (EMBEDDED, EMBEDDED_MODERN, ADM, ADM_EXACT, CLEAN, TORCH_FIDELITY, DINOV2, CLIP)
+    suite.name: suite
+    for suite in (EMBEDDED, EMBEDDED_MODERN, FASHION_MNIST, ADM, ADM_EXACT, CLEAN, TORCH_FIDELITY, DINOV2, CLIP)
 }
 
 

@@ -27,6 +27,7 @@ DENOISERS = {
     "adm-256": {"input_size": 256, "width": 256, "multipliers": (1, 1, 2, 2, 4, 4), "res_blocks": 2},
     "adm-512": {"input_size": 512, "width": 256, "multipliers": (0.5, 1, 1, 2, 2, 4, 4), "res_blocks": 2},
     # not of the paper: for machines without an accelerator
+    "adm-2xs": {"input_size": 16, "width": 32, "multipliers": (1, 1), "res_blocks": 1, "attention_resolutions": (8,), "head_channels": 32},
     "adm-xs":  {"input_size": 32, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_resolutions": (8, 4), "head_channels": 32},
 }
 UPSAMPLERS = {
@@ -78,4 +79,4 @@ def _specs() -> tuple[BackboneSpec, ...]:
 
 
 SPECS: tuple[BackboneSpec, ...] = _specs()
-"""The networks of the ADM paper, and one small network of each kind."""
+"""The networks of the ADM paper, and small networks of each kind."""

@@ -23,11 +23,14 @@ class Size(NamedTuple):
 
 # fmt: off
 SIZES = {           #      depth  width  heads  patches
-    "s":  Size(            12,    384,    6,   (8, 4, 2)),
-    "b":  Size(            12,    768,   12,   (8, 4, 2)),
-    "l":  Size(            24,   1024,   16,   (8, 4, 2)),
-    "xl": Size(            28,   1152,   16,   (8, 4, 2)),
-    "xs": Size(             6,    192,    3,   (4, 2)),     # not of the paper: for machines without an accelerator
+    "s":   Size(           12,    384,    6,   (8, 4, 2)),
+    "b":   Size(           12,    768,   12,   (8, 4, 2)),
+    "l":   Size(           24,   1024,   16,   (8, 4, 2)),
+    "xl":  Size(           28,   1152,   16,   (8, 4, 2)),
+    # not of the paper: for machines without an accelerator
+    "xs":  Size(            6,    192,    3,   (8, 4, 2)),
+    "2xs": Size(            4,     96,    2,   (8, 4, 2)),
+    "3xs": Size(            3,     64,    2,   (8, 4, 2)),
 }
 # fmt: on
 
@@ -67,4 +70,4 @@ def _specs() -> tuple[BackboneSpec, ...]:
 
 
 SPECS: tuple[BackboneSpec, ...] = _specs()
-"""All named DiTs: 12 sizes of the paper and 2 small ones, with four block designs each."""
+"""All named DiTs: 12 sizes of the paper and 9 small ones, with four block designs each."""

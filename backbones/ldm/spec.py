@@ -28,11 +28,13 @@ DENOISERS = {
     "ldm-4":  {"input_size": 64, "width": 192, "multipliers": (1, 2, 3, 5), "attention_rates": (8, 4, 2), "heads": 1},
     "ldm-8":  {"input_size": 32, "in_channels": 4, "width": 256, "multipliers": (1, 2, 4), "attention_rates": (4, 2, 1), "head_channels": 32, "null_class": False},
     # not of the paper: for machines without an accelerator
+    "ldm-2xs": {"input_size": 16, "width": 32, "multipliers": (1, 1), "res_blocks": 1, "attention_rates": (2,), "head_channels": 32, "context_width": 32},
     "ldm-xs": {"input_size": 32, "width": 64, "multipliers": (1, 2), "res_blocks": 1, "attention_rates": (2,), "head_channels": 32, "context_width": 64},
 }
 SUMMARIES = {
     "ldm-4": "U-Net in the latents of a VQ autoencoder of factor 4",
     "ldm-8": "U-Net in the latents of a VQ autoencoder of factor 8; no null label",
+    "ldm-2xs": "very small U-Net with cross-attention to the class",
     "ldm-xs": "small U-Net with cross-attention to the class",
 }
 # fmt: on
@@ -50,4 +52,4 @@ SPECS: tuple[BackboneSpec, ...] = tuple(
     )
     for name, row in DENOISERS.items()
 )
-"""The two LDMs of the paper's Table 6, and a small one."""
+"""The two LDMs of the paper's Table 6, and two small ones."""

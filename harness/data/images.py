@@ -10,6 +10,7 @@ import numpy as np
 
 from harness.data.examples import Normal
 from harness.errors import UserError
+from harness.randomness.threefry_numpy import Purpose, bits
 
 if TYPE_CHECKING:
     from harness.protocols import Protocol
@@ -73,6 +74,18 @@ class ImageSet:
         """uint8 (n, H, W, C), a torch tensor or a jax array, to float32 (n, C, H, W) in [-1, 1]. normal: not used."""
         # n H W C -> n C W H -> n C H W; torch and jax both have `swapaxes`
         return stored.swapaxes(1, 3).swapaxes(2, 3) / 127.5 - 1
+
+    def reference(self, count: int) -> ImageSet:
+        """The `count` images that are the reference of a protocol with `reference_images`, in their order; 0: this set.
+
+        Which ones depends on the number of images alone. Returns this set unchanged if it has no more than `count`.
+        """
+        if not 0 < count < len(self):
+            return self
+        # the rows with the smallest of 32-bit numbers that are functions of the row
+        numbers = bits(0, Purpose.EVALUATION, np.arange(len(self)), step=0, count=1)[:, 0]
+        rows = np.sort(np.lexsort((np.arange(len(self)), numbers))[:count])
+        return ImageSet(name=self.name, images=self.images[rows], labels=self.labels[rows], labelled=self.labelled)
 
     def downsampled(self, side: int) -> ImageSet:
         """The images averaged over blocks of pixels down to `side` x `side`, and rounded.

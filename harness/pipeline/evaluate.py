@@ -106,13 +106,20 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         images = source_images(run.source_paths, run.identity["dataset_sha256"], str(run.folder))
     else:
         images = load_data(protocol, options.data)
+    whole = images
+    if options.reference is None:
+        images = whole.reference(protocol.reference_images)
     suite = get_suite(options.suite or protocol.suite)
     config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
     expected = run.identity["dataset_sha256"] if run is not None else training_sha256(path)
     # Samples of unknown training are compared with the protocol's data set, unless another reference is given.
-    if needs_training_images(config) and (expected is not None or options.reference is not None):
-        config = with_training_images(config, images, expected, _candidates(options, run, protocol, expected))
+    if needs_training_images(config):
+        if images is not whole:
+            candidates = [lambda: whole, *_candidates(options, run, protocol, expected)]
+            config = with_training_images(config, images, expected, candidates)
+        elif expected is not None or options.reference is not None:
+            config = with_training_images(config, images, expected, _candidates(options, run, protocol, expected))
     samples_source = _open_samples(path, protocol)
     sources = [samples_source] if source is None else [samples_source, source]
     log_notes(sources)  # before what may refuse them
@@ -253,7 +260,11 @@ def evaluate_images(
     """
     protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
     config = config or EvaluationConfig.of(protocol)
-    data = load_data(protocol, None) if data is None else data
+    if data is None:
+        whole = load_data(protocol, None)
+        data = whole.reference(protocol.reference_images)
+        if data is not whole and config.training is None:
+            config = dataclasses.replace(config, training=whole)
     source = from_batches(images, count, labels=labels, name=name)
     _check_fit(source, protocol, config)
     with spooled(source, cache) as spool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,8 +80,14 @@ def run(options: RunOptions) -> RunResult:
         decoder = decoder_of(session, options.decoder, options.device)
         images = config = None
         if evaluator is not None:
-            images = training_images(session) if evaluator.images is None else evaluator.images
             config = evaluator.config
+            if evaluator.images is None:
+                trained_on = training_images(session)
+                images = trained_on.reference(request.protocol.reference_images)
+                if images is not trained_on:
+                    config = dataclasses.replace(config, training=trained_on)
+            else:
+                images = evaluator.images
             if evaluator.images is not None and needs_training_images(config):
                 expected = session.identity["dataset_sha256"]
                 config = with_training_images(config, images, expected, [lambda: training_images(session)])

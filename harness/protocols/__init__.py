@@ -169,6 +169,7 @@ class Protocol:
     in_channels: int
     samples: int  # N, the number of samples that a measurement uses
     suite: str
+    reference_images: int = 0  # images of the data set that are the reference, drawn with a fixed seed; 0: all
     recipe: Recipe = field(default_factory=Recipe)
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -179,6 +180,8 @@ class Protocol:
             raise UserError(f"protocol {self.name!r}: space {shown(self.space)} is not one of pixels, latents")
         if self.num_classes < 0:
             raise UserError(f"protocol {self.name!r}: num_classes must not be negative; 0 is without classes")
+        if self.reference_images < 0:
+            raise UserError(f"protocol {self.name!r}: reference_images must not be negative; 0 is all of the data set")
         for name in ("resolution", "image_channels", "input_size", "in_channels", "samples", "version"):
             if getattr(self, name) < 1:
                 raise UserError(f"protocol {self.name!r}: {name} must be positive, not {getattr(self, name)}")

@@ -9,6 +9,7 @@
     [sampling]                                   # each combination is one sample set of each run
     steps = [10, 25]
     guidance_scales = [1, 1.5]                   # or "1.5@0.1-0.8", as for --cfg
+    seeds = [0, 1, 2]                            # of the samples; or seed = 0
     samples = 1000
 
     [recipe]                                     # overrides the protocol's recipe
@@ -66,6 +67,7 @@ class Study:
     budgets: tuple[str, tuple[Any, ...]] | None = None  # kind and values; None: the protocol's steps
     evaluate_at: tuple[int, ...] = ()  # further training steps at which the run is sampled
     guidance_scales: tuple[Guidance, ...] | None = None  # None: the protocol's
+    sampling_seeds: tuple[int, ...] | None = None  # None: the one of `settings` or of the protocol
     settings: dict[str, Any] = field(default_factory=dict)  # fields of `harness.settings.RunOptions`, for all runs
     recipe: dict[str, str] = field(default_factory=dict)
     backbone: dict[str, dict[str, str]] = field(default_factory=dict)  # overrides of the recipe by backbone
@@ -104,6 +106,9 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
         )
     sampling = items.pop("sampling", {})
     scales = sampling.pop(GUIDANCE_SCALES, None)
+    sampling_seeds = sampling.pop(SAMPLING_SEEDS, None)
+    if sampling_seeds is not None and "seed" in sampling:
+        raise UserError(f"{path}: [sampling]: give seed or seeds, not both")
     settings = {RUN_KEYS[key]: items.pop(key) for key in RUN_KEYS if key in items}
     settings |= {SAMPLING_KEYS[key]: value for key, value in sampling.items()}
     if variants := items.pop("variant", {}):
@@ -112,7 +117,9 @@ def from_dict(data: dict[str, Any], path: Path) -> Study:
         if setting in settings and info.type_name == "path":
             settings[setting] = str(path.parent / settings[setting])
     # the items that are left have the names of fields of `Study`
-    return Study(name=name, file=path, guidance_scales=scales, settings=settings, **items)
+    return Study(
+        name=name, file=path, guidance_scales=scales, sampling_seeds=sampling_seeds, settings=settings, **items
+    )
 
 
 def _read(data: object, readers: dict[str, Callable[[Any, str], Any]], where: str) -> dict[str, Any]:
@@ -245,7 +252,7 @@ def _budgets(value: object, where: str) -> tuple[str, tuple[Any, ...]]:
 def _sampling(value: object, where: str) -> dict[str, Any]:
     """The table [sampling]: key -> parsed value."""
     readers = {key: _reader(name) for key, name in SAMPLING_KEYS.items()}
-    return _read(value, {**readers, GUIDANCE_SCALES: _list(_guidance)}, where)
+    return _read(value, {**readers, GUIDANCE_SCALES: _list(_guidance), SAMPLING_SEEDS: _list(_integer)}, where)
 
 
 def _reader(name: str) -> Callable[[Any, str], Any]:
@@ -285,6 +292,7 @@ def _table(value: object, where: str) -> dict[str, Any]:
 
 
 GUIDANCE_SCALES = "guidance_scales"  # key of [sampling]: a list; each scale has its own sample sets
+SAMPLING_SEEDS = "seeds"  # key of [sampling]: a list; each seed has its own sample sets
 RUN_KEYS = study_settings(RunOptions, "")  # top-level key -> setting of a run
 SAMPLING_KEYS = {key: name for key, name in study_settings(RunOptions, "sampling").items() if key != GUIDANCE_SCALES}
 ITEMS: dict[str, Callable[[Any, str], Any]] = {

@@ -27,11 +27,15 @@ from harness.studies import Study
 
 @dataclass(frozen=True, kw_only=True)
 class StudyRun:
-    """One run of a study. It has one request, and one command that a user can also run, for each guidance scale."""
+    """One run of a study. It has one request, and one command that a user can also run, for each guidance scale and
+    each seed of the samples.
+    """
 
     spec: RunSpec
     milestones: tuple[int, ...]  # training steps that are sampled, ascending; the last one ends the training
-    options: tuple[RunOptions, ...]  # one for each guidance scale; `requests` and `commands` are in the same order
+    options: tuple[
+        RunOptions, ...
+    ]  # one for each scale and sampling seed; `requests` and `commands` are in the same order
     requests: tuple[Request, ...]
     commands: tuple[tuple[str, ...], ...]  # as words of a command line
     variant: str = ""  # name of the variant of the study; "": the study has none
@@ -100,10 +104,12 @@ def expand(study: Study) -> Expansion:
         for name in study.backbones
     }
     scales: tuple[Guidance | None, ...] = study.guidance_scales or (None,)
-    # by variant, backbone and seed of a run, in launch order: its options, one for each guidance scale
+    # by variant, backbone and seed of a run, in launch order: its options, one for each guidance scale and sampling seed
     options_of = {
         (variant, name, seed): [
-            _options(study, variant, name, seed, milestones[variant, name], scale) for scale in scales
+            _options(study, variant, name, seed, milestones[variant, name], scale, sampling_seed)
+            for scale in scales
+            for sampling_seed in study.sampling_seeds or (None,)
         ]
         for seed in study.seeds
         for variant in study.variants
@@ -171,14 +177,26 @@ def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tu
 
 
 def _options(
-    study: Study, variant: str, name: str, seed: int, milestones: tuple[int, ...], scale: Guidance | None
+    study: Study,
+    variant: str,
+    name: str,
+    seed: int,
+    milestones: tuple[int, ...],
+    scale: Guidance | None,
+    sampling_seed: int | None,
 ) -> RunOptions:
-    """The options of a run at one guidance scale, with only the settings that the study sets. scale None: the protocol's."""
+    """The options of a run at one guidance scale and sampling seed, with only the settings that the study sets.
+
+    scale, sampling_seed: None: that of the study's settings or of the protocol.
+    """
+    settings = {**study.settings, **study.variants[variant].settings}
+    if sampling_seed is not None:
+        settings["sampling_seed"] = sampling_seed
     try:
         return RunOptions(
             backbone=name, protocol=study.protocol, seed=seed, steps=milestones[-1], evaluate_at=milestones[:-1] or None,
             set=study.recipe_of(name, variant), cfg=scale, report=False,
-            **{**study.settings, **study.variants[variant].settings},
+            **settings,
         )  # fmt: skip
     except UserError as error:
         raise UserError(f"{study.file}: {error}") from error
@@ -192,7 +210,7 @@ def _request(study: Study, options: RunOptions) -> Request:
 
 
 def _command(study: Study, options: RunOptions) -> tuple[str, ...]:
-    """The command of a run at one guidance scale, as words."""
+    """The command of a run at one guidance scale and sampling seed, as words."""
     words = command_words("run", options, always=("seed",))  # begins with "harness"
     if study.processes == 1:
         return words

@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_runs_are_seeds_by_backbones_and_each_command_asks_for_what_was_expanded
             assert options["precision"] == "float32" and options["report"] is False and options["out"] is None
             assert (asked.samples, asked.sampling.steps, asked.recipe.ema_ramp) == (200, (2, 5), False)
             assert asked.recipe.learning_rate == (3e-4 if run.spec.backbone == "dit-xs-2" else 2e-3)
+
+
+def test_seeds_of_the_samples_are_sets_of_the_same_runs(study):
+    text = STUDY.replace("[sampling]", "[sampling]\nseeds = [4, 2]")
+    many = expand(from_dict(tomllib.loads(text), study.file))
+    assert [run.name for run in many.runs] == [run.name for run in expand(study).runs]
+    for run in many.runs:
+        asked = [(each.sampling.guidance_scale, each.sampling.seed) for each in run.requests]
+        assert asked == [(1, 4), (1, 2), (1.5, 4), (1.5, 2)]
+        for request, words in zip(run.requests, run.commands, strict=True):
+            options = run_command.make_context("run", list(words[2:])).params
+            assert request_from(RunOptions(**options)) == request
+    with pytest.raises(UserError, match="seed or seeds, not both"):
+        from_dict(tomllib.loads(text.replace("seeds = [4, 2]", "seeds = [4, 2]\nseed = 1")), study.file)
 
 
 def test_files_of_the_suite_are_asked_for_before_anything_runs(tmp_path):
