@@ -2,15 +2,17 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.io.files import write_bytes
+from harness.io.files import read_json, write_bytes
 from reports import charts
 from reports.figures import absent, figures, published_records
 from reports.html_tables import to_html_page
+from reports.lottery import seeds_table
 from reports.page.writer import NAME, page_bytes, page_data
 from reports.render import to_csv, to_latex, to_markdown
 from reports.render_pool import RenderPool
@@ -19,7 +21,7 @@ from reports.tables import paper_tables, protocol_table
 from reports.verdicts import verdict_table
 from results import paper
 from results.records import Record
-from results.store import Problem, collector_paused, find_record_files, load
+from results.store import RECORDS_FILE, Loaded, Problem, collector_paused, find_record_files, load
 
 TABLES = "tables and page"  # a stage of three parts, between "records" and "figures"
 
@@ -54,6 +56,8 @@ def write_report(
 ) -> ReportSummary:
     """Write Tables 1-6, `table-<protocol>`, the figures and the page, from these records and those packaged in results/.
 
+    Packaged measurements are shown with records of the same protocols, or all of them where there are no other records.
+
     record_paths: record files, or folders that are searched for `records.jsonl`. All files are built before the first
     is written. Tables are a pure function of the set of records: order, splitting and duplication of the files change no
     byte.
@@ -64,11 +68,9 @@ def write_report(
         raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     notify = progress or (lambda stage, done, total: None)
     record_files = find_record_files(record_paths)
-    packaged = resources.files("results").joinpath("measured")
-    with RenderPool() as pool:
+    with RenderPool() as pool, packaged_runs() as packaged:
         with collector_paused():  # the garbage collector, which would traverse the records again and again
-            with resources.as_file(packaged) as folder:
-                loaded = load([*record_files, *sorted(folder.glob("*.jsonl"))], progress)
+            loaded, packaged = _load(record_files, packaged, progress)
             records = loaded.records
             protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
             figure_records = [record for record in records if record.protocol in protocols]
@@ -76,7 +78,7 @@ def write_report(
             figure_records += published_records(None if protocol is None else protocols)
             styles = charts.model_styles(figure_records)
             notify(TABLES, 0, 3)
-            shown = figures(figure_records, [path.parent for path in record_files])
+            shown = figures(figure_records, [path.parent for path in (*record_files, *packaged)])
             pool.begin(shown, styles)  # the workers draw while this process makes the rest
             notify(TABLES, 1, 3)
             tables, contents = table_files(records, protocols)
@@ -105,16 +107,42 @@ def write_report(
     )
 
 
+@contextmanager
+def packaged_runs() -> Iterator[list[Path]]:
+    """The record files of the runs that are shipped in results/measured, each in the folder of its run."""
+    with resources.as_file(resources.files("results").joinpath("measured")) as folder:
+        yield sorted(folder.glob(f"*/{RECORDS_FILE}"))
+
+
+def _load(
+    record_files: Sequence[Path], packaged: Sequence[Path], progress: Callable[[str, int, int], None] | None
+) -> tuple[Loaded, list[Path]]:
+    """(the records of the files and of those packaged files that are shown with them, these packaged files)."""
+    if not record_files:
+        return load(packaged, progress), list(packaged)
+    own = load(record_files, progress)
+    protocols = {record.protocol for record in own.records}
+    known = {record.id for record in own.records}
+    shown = [
+        path
+        for path in packaged
+        if read_json(path.with_name("run.json"), "run")["protocol"]["name"] in protocols
+        and not known.issuperset(record.id for record in load([path]).records)  # the user has the same run
+    ]
+    return (load([*record_files, *shown]), shown) if shown else (own, [])
+
+
 @collector_paused()
 def table_files(records: Sequence[Record], protocols: Sequence[str]) -> tuple[list[Table], dict[str, bytes]]:
     """(tables, file name -> content of their CSV, Markdown, LaTeX and HTML files).
 
-    The tables: the paper's, that of each of these protocols with records, and the verdicts on records of these protocols.
+    The tables: the paper's, that of each of these protocols with records, and the verdicts and the noise of seeds of
+    records of these protocols.
     """
     tables = paper_tables(records)
     tables += [table for name in protocols if (table := protocol_table(name, records)) is not None]
-    verdicts = verdict_table([record for record in records if record.protocol in protocols])
-    tables += [verdicts] if verdicts is not None else []
+    of_protocols = [record for record in records if record.protocol in protocols]
+    tables += [table for make in (verdict_table, seeds_table) if (table := make(of_protocols)) is not None]
     renderers = (("csv", to_csv), ("md", to_markdown), ("tex", to_latex), ("html", to_html_page))
     return tables, {
         f"{table.name}.{ending}": render(table).encode("utf-8") for table in tables for ending, render in renderers
