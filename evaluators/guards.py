@@ -84,7 +84,7 @@ class GuardContext:
     minimum: fewest images, by metric. names: of metrics, suite, protocol and row, which are searched for counts such as
     FID-50K. classes: number of classes; None: unconditional. label_policy: "random", "balanced" or None (unknown).
     reference_statistics: whether the suite expects mu and sigma in the reference's file, not only uses them if they are
-    there. allow: names of GUARDS that the user waives; their refusals become warnings. Raises UserError for a name that
+    there. reference_is_file: not a data set, which never has mu and sigma. allow: names of GUARDS that the user waives; their refusals become warnings. Raises UserError for a name that
     does not exist or cannot be waived.
     """
 
@@ -93,6 +93,7 @@ class GuardContext:
     classes: int | None = None
     label_policy: str | None = None
     reference_statistics: bool = False
+    reference_is_file: bool = True
     allow: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -367,7 +368,7 @@ def _check_reference(samples: ImageStats, reference: ImageStats, context: GuardC
         yield _warning(
             "statistics-in-samples", f"{samples.name} has mu and sigma; they are ignored, its images are used"
         )
-    if reference.has_statistics:
+    if reference.has_statistics or not context.reference_is_file:
         return
     is_adm = reference.count == ADM_IMAGES
     what = " (ADM's 10,000 images are for precision and recall; its FID uses the whole training set)" if is_adm else ""

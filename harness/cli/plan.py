@@ -25,14 +25,13 @@ TABLE_SETTINGS = {"protocol", "match", "budget", "set"}  # the settings that the
 @settings_options(PlanOptions)
 @json_option
 def command(as_json: bool, **settings: Any) -> None:
-    """Say what a run would cost (compute, memory, disk, hours at the speed measured here), and write nothing.
+    """Say what a run would cost (compute and disk; with --measure memory, and hours at the speed here), and write nothing.
 
-    What would stop the run (data, autoencoder or memory that is missing on this machine) gets a line that begins with
+    What would stop the run (data or an autoencoder that is missing on this machine) gets a line that begins with
     "missing", and is in --json's "missing"; the plan is made all the same, with exit code 0. Only what cannot be planned
     (an unknown name, a flag that makes no sense here) is refused, with exit code 2.
 
-    The speed is measured last: the network is built and a few training steps are timed, which takes a minute or two for
-    the largest.
+    With --measure the network is built and a few training steps are timed, which takes a minute or two for the largest.
 
     The items of the recipe, which --set can override, are listed with their values.
 
@@ -58,7 +57,7 @@ def command(as_json: bool, **settings: Any) -> None:
             click.echo(f"note     {sentence}; without them a run ends with samples")
         for sentence in plan.missing:
             click.echo(f"missing  {sentence}")
-    measured_plan = with_measurement(plan, request, options)
+    measured_plan = with_measurement(plan, request, options) if options.measure else plan
     if as_json:
         click.echo(json.dumps(measured_plan.as_dict(), indent=2))
         return
@@ -66,6 +65,8 @@ def command(as_json: bool, **settings: Any) -> None:
         click.echo(f"missing  {sentence}")
     if measured_plan.measured is not None:
         click.echo(measured_text(measured_plan.measured))
+    elif not options.measure:
+        click.echo("memory and hours on this machine: --measure")
 
 
 def _show_table(options: PlanOptions, as_json: bool) -> None:

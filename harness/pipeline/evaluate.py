@@ -399,6 +399,7 @@ def guard(
         classes=protocol.num_classes if protocol.num_classes > 1 or protocol.name != NO_PROTOCOL else None,
         label_policy=about.sampling.label_policy,
         reference_statistics=config.suite.reference_statistics == "expected" and config.statistics is not None,
+        reference_is_file=config.reference is not None,
         allow=config.allow,
     )
     reference = None  # statistics alone

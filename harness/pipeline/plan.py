@@ -1,4 +1,4 @@
-"""`harness.plan`: the cost of a run, with the speed and memory measured on this machine."""
+"""`harness.plan`: the cost of a run; on request with the speed and memory measured on this machine."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from harness.settings import PlanOptions, keyword_options
 
 @keyword_options(PlanOptions)
 def plan(options: PlanOptions) -> Plan:
-    """The cost of a run with these settings: compute, memory, disk space, and hours at the speed measured here.
+    """The cost of a run with these settings: compute and disk space; with `measure` also memory, and hours at the speed here.
 
     Nothing is written. `missing` lists what would prevent the run. UserError: nothing can be planned (an unknown name,
-    a setting that is not valid here). The measurement builds the network and times a few training steps.
+    a setting that is not valid here). `measure` builds the network and times a few training steps.
     """
     if options.backbone is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     request = request_from(options)
-    return with_measurement(make_plan(request, check_files=True), request, options)
+    planned = make_plan(request, check_files=True)
+    return with_measurement(planned, request, options) if options.measure else planned
 
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:

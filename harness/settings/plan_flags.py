@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from harness.io.text import read_switch
 from harness.settings.sampling_flags import SamplingSettings
+from harness.settings.setting import setting
 from harness.settings.training_flags import OptionalBackbone, TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(SamplingSettings, TrainingSettings, OptionalBackbone):
     """Options of `harness plan`."""
+
+    measure: bool = setting(
+        "Also build the network and time a few training steps: speed, hours and memory here.", read_switch, False
+    )

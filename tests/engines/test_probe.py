@@ -13,47 +13,44 @@ ARGUMENTS = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """A function of the seconds that bfloat16 takes for an image: what `resolve` then measures (precision, images, repeats),
-    and what it chooses."""
+    """A function of the seconds that bfloat16 takes for an image and of how many times as long a product takes in it: the
+    precisions that `resolve` then measures, and what it chooses."""
 
-    def choose(seconds, first=None):
+    def choose(seconds, slowdown):
         passes = []
 
         def measure_here(net, images, arguments, device, precision, kind="denoiser", repeats=resolve.PROBE_REPEATS):
-            passes.append((precision, images, repeats))
-            if precision == "float32":
-                return 0.1
-            return first if first is not None and len(passes) == 2 else seconds
+            passes.append(precision)
+            return 0.1 if precision == "float32" else seconds
 
         monkeypatch.setattr(resolve, "measure_here", measure_here)
+        monkeypatch.setattr(resolve, "product_slowdown", lambda device, precision: slowdown)
         found = resolve.resolve(
             SPEC, SPEC.build("torch", **ARGUMENTS), SPEC.arguments(**ARGUMENTS), batch=16, device=torch.device("cpu"),
             mesh=MeshShape(1, 1), precision="auto", micro_batch=16, activation_bytes=1, gradient_checkpointing=False,
             compile="off", steps=1,
         )  # fmt: skip
-        assert passes[0] == ("float32", 16, resolve.PROBE_REPEATS)
-        return passes[1:], found
+        return passes, found
 
     return choose
 
 
-ONE, ALL = ("bfloat16", 1, 0), ("bfloat16", 16, resolve.PROBE_REPEATS)
+def test_a_product_shows_that_a_precision_is_far_slower(chosen, caplog):
+    with caplog.at_level("INFO"):
+        passes, found = chosen(0.05, slowdown=30.0)
+    assert passes == ["float32"] and "a matrix product takes 30 times as long in it" in caplog.text
+    assert found.resolved.precision == "float32" and found.seconds == {"float32": 0.1}
 
 
-def test_two_passes_of_one_image_show_that_a_precision_is_far_slower(chosen):
-    passes, found = chosen(30.0)
-    assert passes == [ONE, ONE]
-    assert found.resolved.precision == "float32" and found.seconds == {"float32": 0.1, "bfloat16": 30.0}
+@pytest.mark.parametrize(("seconds", "fastest"), [(0.05, "bfloat16"), (0.2, "float32")])
+def test_otherwise_the_faster_one_is_chosen(chosen, seconds, fastest):
+    passes, found = chosen(seconds, slowdown=3.0)
+    assert passes == ["float32", "bfloat16"] and found.resolved.precision == fastest
+    assert found.seconds == {"float32": 0.1, "bfloat16": seconds}
 
 
-def test_a_precision_that_is_faster_is_measured_as_the_other_was(chosen):
-    passes, found = chosen(0.05)
-    assert passes == [ONE, ALL] and found.resolved.precision == "bfloat16"
-
-
-def test_a_first_pass_that_prepares_itself_decides_nothing(chosen):
-    passes, found = chosen(0.05, first=30.0)
-    assert passes == [ONE, ONE, ALL] and found.resolved.precision == "bfloat16"
+def test_a_product_in_the_same_precision_takes_as_long():
+    assert 0.1 < resolve.product_slowdown(torch.device("cpu"), "float32") <= 1
 
 
 def test_without_repeats_the_first_pass_counts():

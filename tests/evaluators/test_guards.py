@@ -206,6 +206,7 @@ def test_adms_images_are_no_statistics(halves):
     assert levels(samples, reference, reference_statistics=True) == {"reference-statistics": "warn"}
     ten = np.random.RandomState(0).randint(0, 256, (10_000, 8, 8, 1)).astype(np.uint8)
     assert levels(samples, ten) == {"reference-statistics": "warn"}
+    assert levels(samples, ten, reference_is_file=False) == {}  # a data set of as many images
     assert levels(samples, ten, reference_statistics=True) == {"reference-statistics": "refuse"}
     assert "precision and recall" in check(samples, ten, GuardContext(reference_statistics=True))[0].text
 

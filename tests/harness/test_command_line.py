@@ -114,7 +114,9 @@ def test_a_protocol_without_its_data_prints_the_plan_and_the_missing_pieces(tmp_
 
 def planned(monkeypatch, measured, *words):
     monkeypatch.setattr("harness.pipeline.plan.get_backend", lambda framework: SimpleNamespace(measure=measured))
-    return CliRunner().invoke(group, ["plan", "--backbone", "dit-xl-2", "--protocol", "imagenet-256", *words])
+    return CliRunner().invoke(
+        group, ["plan", "--backbone", "dit-xl-2", "--protocol", "imagenet-256", "--measure", *words]
+    )
 
 
 def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same(monkeypatch):
@@ -133,6 +135,12 @@ def test_a_plan_says_what_is_missing_before_it_measures_and_is_made_all_the_same
     document = json.loads(planned(monkeypatch, measured, "--json").stdout.replace("MEASURED", ""))
     assert [lack[:8] for lack in document["missing"]] == ["data set", "dit-xl-2"] and document["measured"] is None
     assert document["training"]["steps"] == 400_000
+
+
+def test_a_plan_measures_only_when_it_is_asked_to(monkeypatch):
+    monkeypatch.setattr("harness.pipeline.plan.get_backend", lambda framework: pytest.fail("measured"))
+    done = CliRunner().invoke(group, ["plan", "--backbone", "dit-xl-2", "--protocol", "imagenet-256"])
+    assert done.exit_code == 0 and done.stdout.splitlines()[-1] == "memory and hours on this machine: --measure"
 
 
 def test_a_plan_for_a_device_that_is_not_there_is_refused_behind_its_arithmetic(monkeypatch):

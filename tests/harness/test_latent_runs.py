@@ -323,7 +323,6 @@ def test_the_decoder_is_the_autoencoder_of_the_cache_unless_another_is_named(hom
 def test_what_is_gone_is_said_before_anything_is_measured(home, tmp_path, monkeypatch):
     """The autoencoder, then the images to judge by; `plan` says it, too, and names the same flag."""
     monkeypatch.setattr(RunSession, "measure", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr("harness.pipeline.plan.with_measurement", lambda plan, request, options: plan)
     cache = shutil.copytree(home / "cache", tmp_path / "cache")
     meta = json.loads((cache / "meta.json").read_text())
     task = ("--backbone", "dit-xs-2", "--protocol", home / "task.toml", "--data", cache, *FIXED)

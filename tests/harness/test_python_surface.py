@@ -156,8 +156,7 @@ def test_an_unknown_setting_is_a_type_error_as_of_any_function():
         harness.run(backbone="dit-xs-2", stepz=5)
 
 
-def test_a_plan_is_typed_and_says_what_is_missing(monkeypatch, caplog):
-    monkeypatch.setattr("harness.pipeline.plan.with_measurement", lambda plan, request, options: plan)
+def test_a_plan_is_typed_and_says_what_is_missing(caplog):
     with caplog.at_level(logging.INFO, "harness"):
         found = harness.plan(backbone="dit-xl-2", protocol="imagenet-256", steps="400k")
     assert isinstance(found, Plan) and found.measured is None and found.training.steps == 400_000

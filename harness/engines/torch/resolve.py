@@ -29,10 +29,9 @@ PRECISIONS = ("float32", "bfloat16")  # that `--precision auto` chooses from
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
 PROBE_IMAGES = 16  # at most: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3
-# A precision that takes more than FAR_SLOWER times as long as another, and more than PATIENCE_SECONDS for an image, is not
-# measured on more than one image.
+# A precision in which a product of matrices of this side takes more than FAR_SLOWER times as long is not measured.
 FAR_SLOWER = 4
-PATIENCE_SECONDS = 1.0
+PRODUCT_SIDE = 512
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 
 
@@ -108,26 +107,23 @@ def measure(
     return process_group.all_max(measure_here(net, images, arguments, device, precision, kind))
 
 
-def seconds_if_far_slower(
-    net: torch.nn.Module,
-    arguments: dict[str, Any],
-    device: torch.device,
-    precision: str,
-    kind: str,
-    other_seconds: float,
-) -> float | None:
-    """Seconds of forward and backward for one image, if they already show that this precision is not worth measuring.
+def product_slowdown(device: torch.device, precision: str) -> float:
+    """How many times as long a matrix product takes in `precision`, "bfloat16", as in float32; in the slowest process.
 
-    They do if each of two passes over a single image takes more than PATIENCE_SECONDS and more than FAR_SLOWER times
-    `other_seconds`, the seconds of another precision. An example is bfloat16 on a CPU without units for it. None: they do
-    not, and the precision has to be measured. The seconds are of the slowest process. All processes must call this.
+    Far more than 1 on a processor without units for it. All processes must call this.
     """
-    seconds = 0.0
-    for _ in range(2):  # the first pass may include set-up
-        seconds = process_group.all_max(measure_here(net, 1, arguments, device, precision, kind, repeats=0))
-        if seconds <= max(PATIENCE_SECONDS, FAR_SLOWER * other_seconds):
-            return None
-    return seconds
+    set_arithmetic(device, "float32")
+    best = {}
+    for dtype in (torch.float32, getattr(torch, precision)):
+        factor = torch.ones(PRODUCT_SIDE, PRODUCT_SIDE, dtype=dtype, device=device)
+        best[dtype] = float("inf")
+        for _ in range(PROBE_REPEATS):  # the first one may include set-up
+            begin = time.perf_counter()
+            _ = factor @ factor
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best[dtype] = min(best[dtype], time.perf_counter() - begin)
+    return process_group.all_max(best[getattr(torch, precision)] / best[torch.float32])
 
 
 def measure_here(
@@ -204,23 +200,22 @@ def _seconds_by_precision(
 ) -> dict[str, float]:  # fmt: skip
     """Precision -> seconds of training on one image with all processes at work. All processes must call this.
 
-    A precision in which the network fails, such as bfloat16 in an operation without it, is left out if another one works.
+    Left out if another one works: a precision in which the network fails, such as bfloat16 in an operation without it, and
+    one that this device has no units for.
     """
-    processes = process_group.size()
     seconds: dict[str, float] = {}
     for precision in precisions:
-        local_seconds = None  # of one image in one process, the slowest; None: to be measured
+        if seconds and (slowdown := product_slowdown(device, precision)) > FAR_SLOWER:
+            logger.info(f"  {precision} is not measured: a matrix product takes {slowdown:.3g} times as long in it")
+            continue
         try:
-            if seconds:
-                other_seconds = min(seconds.values()) * processes  # of one image in one process, too
-                local_seconds = seconds_if_far_slower(net, arguments, device, precision, kind, other_seconds)
-            local_seconds = local_seconds or measure(net, images, arguments, device, precision, kind)
+            local_seconds = measure(net, images, arguments, device, precision, kind)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if not seconds or isinstance(error, (RunError, torch.OutOfMemoryError)):
                 raise
             logger.info(f"  {precision} is left out: the network fails in it with {one_line(error)}")
             continue
-        seconds[precision] = local_seconds / processes
+        seconds[precision] = local_seconds / process_group.size()
     return seconds
 
 
