@@ -10,7 +10,6 @@ The bias that comes from the size of the reference remains. The fit needs severa
 dimensions: with fewer, the bias is not linear in 1 / size.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -20,6 +19,7 @@ from evaluators import frechet
 from evaluators.intervals import Estimate
 from evaluators.metric_inputs import MetricInputs
 from evaluators.statistics import Moments, Statistics
+from harness.io.processors import processors
 
 POINTS = 15
 MAX_START = 5000  # upper bound of the smallest size
@@ -68,7 +68,7 @@ def estimate(features: np.ndarray, reference: Statistics, block: np.ndarray, see
     weights = intercept_weights(size)
     full = frechet.estimate(features, reference, block)
     # One subset per thread, for the reason given in `frechet.estimate`.
-    workers = min(os.cpu_count() or 1, frechet.MAX_WORKERS)
+    workers = min(processors(), frechet.MAX_WORKERS)
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         # the last subset is all samples, whose distance is full.value
         distances = list(pool.map(lambda rows: _distance(features, rows, reference), drawn[:-1]))

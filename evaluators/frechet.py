@@ -14,7 +14,6 @@ an error is raised and no number is returned.
 """
 
 import contextlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -25,6 +24,7 @@ from evaluators.metric_inputs import MetricInputs
 from evaluators.statistics import Statistics, statistics
 from harness.errors import RunError
 from harness.io.arrays import chosen_rows
+from harness.io.processors import processors
 
 NEGATIVE_TOLERANCE = 1e-10  # of the largest eigenvalue: a more negative eigenvalue is not a rounding error
 MAX_WORKERS = 8
@@ -219,7 +219,7 @@ def estimate(
     # One block per thread: BLAS threads gain little on a symmetric eigenvalue problem of this size, and on a busy
     # machine, waiting for each other, they were measured to take 40 times as long.
     worker_bytes = 8 * (2 * len(inner) ** 2 + 2 * dim * int(np.bincount(block).max()))
-    workers = min(os.cpu_count() or 1, MAX_WORKERS, max(WORKERS_BYTES // worker_bytes, 1))
+    workers = min(processors(), MAX_WORKERS, max(WORKERS_BYTES // worker_bytes, 1))
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(workers) as pool:
         left_out = np.array(list(pool.map(distance_without, range(int(block.max()) + 1))))
     return Estimate(value=value, left_out=left_out)

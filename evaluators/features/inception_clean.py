@@ -7,7 +7,6 @@ and `legacy_tensorflow` resize differently and give other numbers.
 """
 
 import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from cleanfid.resize import build_resizer
 from evaluators.features.inception_graph import InceptionWeights, missing_weights, read_weights
 from evaluators.features.inception_v3 import InceptionFeatures
 from evaluators.features.spec import FeatureSpec
+from harness.io.processors import processors
 
 MODE = "clean"
 MAX_WORKERS = 8
@@ -35,7 +35,7 @@ class CleanInceptionFeatures(InceptionFeatures):
         # weights.sha256 includes the TF1 resize, which is replaced here; the description states the one of clean-fid.
         self.sha256 = hashlib.sha256(f"{weights.sha256}\n{spec.description}".encode()).hexdigest()
         self._resize = build_resizer(MODE)
-        self._pool = ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_WORKERS))  # Pillow releases the interpreter lock
+        self._pool = ThreadPoolExecutor(min(processors(), MAX_WORKERS))  # Pillow releases the interpreter lock
 
     def prepare(self, batch: np.ndarray) -> torch.Tensor:
         """uint8 (N, H, W, 1 or 3) -> float32 (N, 3, 299, 299) in [-1, 127/128]; grey is repeated, as for a grey file."""

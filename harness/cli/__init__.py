@@ -94,6 +94,9 @@ def main() -> None:
             report_elastic_error(os.environ, reason)
         sys.exit(code)
 
+    # Threads that wait at a barrier sleep instead of spinning, which takes the processor from other processes: read by
+    # OpenMP when torch is imported, and inherited by processes that this one starts.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     print_anything()
     with _terminable() as terminated:
         try:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import click
 
 from harness.cli.flags_from_settings import json_option
+from harness.io.processors import BUSY, load_of_others, processors
 from harness.io.progress import Bar
 
 SIDE = 512  # rows and columns of the matrices in the timed product
@@ -79,15 +80,33 @@ def _system() -> list[Finding]:
         Finding("ok", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"),
         Finding(
             "ok",
-            f"{os.cpu_count()} processors, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free",
+            f"{processors()} processors, {memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free",
         ),
     ]
+    findings += _sharing()
     low = disk.free < 2e9
     findings.append(
         Finding(
             "note" if low else "ok", f"{disk.free / 1e9:.1f} GB free in this folder", "free some disk" if low else ""
         )
     )
+    return findings
+
+
+def _sharing() -> list[Finding]:
+    """What this process does not have of the machine's processors: by a quota, by its binding, or by others' work."""
+    usable, of_machine, findings = processors(), os.cpu_count() or 1, []
+    if usable < of_machine:
+        findings.append(
+            Finding("note", f"{usable} of this machine's {of_machine} processors may be used (quota or binding)")
+        )
+    if (load := load_of_others()) > BUSY * of_machine:
+        findings.append(
+            Finding(
+                "note", f"others use this machine: {load:.1f} processes have run on average in the last minute",
+                "speeds measured now are too low, and change",
+            )
+        )  # fmt: skip
     return findings
 
 

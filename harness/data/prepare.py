@@ -34,6 +34,7 @@ from harness.data.sources import open_index
 from harness.errors import UserError
 from harness.images.source import printable
 from harness.io import files
+from harness.io.processors import processors
 from harness.io.progress import Bar
 from harness.protocols import check_name
 
@@ -69,7 +70,7 @@ def prepare(dataset: str, source: Path, out: Path, *, resolution: int, threads: 
     if out.resolve() == Path.cwd():
         raise UserError(f"--out {out} is the working folder, which the data set would replace; name a new folder")
     index = open_index(source, dataset)
-    threads = threads or usable_cores()
+    threads = threads or processors()
     job = _Job(dataset=dataset, index=index, resolution=resolution, out=out)
     if job.out_exists():
         return _existing(job)
@@ -111,11 +112,6 @@ def _existing(job: _Job) -> Prepared:
     for note in meta.notes:
         logger.info(f"note: {note}")
     return Prepared(job.out, meta, new=False)
-
-
-def usable_cores() -> int:
-    """Number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from evaluators.reference_file import STATISTICS, About, check_content, read_about
 from harness.data import imagenet, latents
-from harness.data.prepare import usable_cores
 from harness.data.prepared import CHUNK_IMAGES, damaged_chunks, read_meta
 from harness.data.public_files import FILES
 from harness.errors import UserError
@@ -16,6 +15,7 @@ from harness.images.npz import holds_statistics_alone, open_npz_file
 from harness.images.open import open_images
 from harness.images.source import ImageSource
 from harness.io import files
+from harness.io.processors import processors
 from harness.io.progress import Bar
 
 
@@ -65,7 +65,7 @@ def _verify_prepared(folder: Path) -> Verdict:
         label = next((label for label, (found, wanted) in pairs if found != wanted), 0)
         raise UserError(f"{folder}: its classes are not ImageNet's in their order (label {label}); prepare it again")
     with Bar("verify", meta.images, "images") as bar:
-        damaged = damaged_chunks(folder, meta, bar.advance, usable_cores())
+        damaged = damaged_chunks(folder, meta, bar.advance, processors())
     if damaged:
         first = damaged[0] * CHUNK_IMAGES
         last = min(first + CHUNK_IMAGES, meta.images) - 1

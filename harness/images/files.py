@@ -8,7 +8,6 @@ colour profiles are not applied (evaluators do not apply them either).
 from __future__ import annotations
 
 import io
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 
 from harness.errors import UserError
 from harness.images.source import Damaged, ImageSource, images_per_chunk, printable
+from harness.io.processors import processors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -219,7 +219,7 @@ def source_of_files(name: str, entries: list[Entry], labels: list[int] | None, n
         notes = [*notes, f"{len(lossy)} of {len(entries)} images were stored with loss (first: {lossy[0].name})"]
 
     def chunks(size: int) -> Iterator[np.ndarray]:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # Pillow decodes without the interpreter's lock
+        with ThreadPoolExecutor(min(8, processors())) as pool:  # Pillow decodes without the interpreter's lock
             step = images_per_chunk(first.shape, size)
             for start in range(0, len(entries), step):
                 part = entries[start : start + step]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from harness.errors import UserError
 from harness.io import files
+from harness.io.processors import processors
 from harness.io.progress import duration
 from harness.runs.run import lock_folder
 from harness.studies import jobs
@@ -142,7 +143,7 @@ class Launcher:
         """Environment variables of the process in `slot`: its share of the CPU cores and, if there are several, one GPU."""
         share: dict[str, str] = {}
         if self.processes > 1 and "OMP_NUM_THREADS" not in os.environ:
-            share["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.processes))
+            share["OMP_NUM_THREADS"] = str(max(1, processors() // self.processes))
         if len(self._devices) > 1:
             share["CUDA_VISIBLE_DEVICES"] = self._devices[slot % len(self._devices)]
         return share

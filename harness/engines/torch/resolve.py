@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from harness.engines.memory import (
 )
 from harness.engines.torch import compiling, parallel, process_group
 from harness.errors import RunError, UserError, one_line
+from harness.io.processors import processors
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
@@ -239,6 +241,8 @@ def resolve(
 
     `net` is sharded over `mesh` and on `device`. Its weights stay as they are. All processes must call this.
     """
+    if "OMP_NUM_THREADS" not in os.environ:  # a container's quota, which torch does not know
+        torch.set_num_threads(min(torch.get_num_threads(), processors()))
     parameters = sum(weight.numel() for weight in net.parameters())
     local_parameters = parameters  # in the memory of each process
     if mesh.model > 1:  # its shard, and the block that is gathered
