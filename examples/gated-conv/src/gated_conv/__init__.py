@@ -1,0 +1,1 @@
+"""A gated-convolution backbone for backbone-harness."""

@@ -1,0 +1,1 @@
+"""A pixel-space transformer with large patches for backbone-harness."""

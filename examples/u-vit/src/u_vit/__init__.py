@@ -1,0 +1,1 @@
+"""U-ViT as a backbone for backbone-harness."""
