@@ -3,6 +3,7 @@
 What the tests of kills need: many processes, real ones, without the seconds that a framework takes to load.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import sys
@@ -11,13 +12,23 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch",
+    "torch._dynamo",  # seconds; the first optimizer imports it, whether anything is compiled or not
+    "sklearn.datasets",  # of the digits
+    "backbones.dit.torch_model",
     "harness.cli.train",
     "harness.cli.sample",
+    "harness.engines.torch.backend",
     "harness.engines.torch.trainer",
     "harness.engines.torch.process_group",
+    "harness.pipeline.plan",
+    "harness.pipeline.sample",
+    "harness.pipeline.train",
     "reports.grid",
     __name__,
 ]
+
+
+NARROW = "dit-narrow"  # a backbone of these processes, whose steps and checkpoints take milliseconds
 
 
 def start(words, folder, shortest_seconds):
@@ -42,8 +53,12 @@ def _main(words, folder, shortest_seconds):
 
     from harness.cli import main
     from harness.pipeline import training_loop
+    from harness.registry import backbones
 
     torch.set_num_threads(1)
+    spec = backbones.get("dit-xs-4")
+    narrow = {**spec.defaults, "depth": 2, "width": 48, "heads": 4}
+    backbones.register(dataclasses.replace(spec, name=NARROW, defaults=narrow))
     training_loop.MIN_CHECKPOINT_SECONDS, training_loop.CHECKPOINT_SHARE = shortest_seconds, 1.0
     sys.argv = ["harness", *words]
     main()
