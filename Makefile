@@ -12,7 +12,7 @@ demo: $(VENV)/core
 	$(VENV)/bin/harness run --backbone dit-xs-2
 
 test: $(VENV)/dev lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --allowed-skips tests/allowed-skips.txt
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --allowed-skips tests/allowed-skips.txt
 
 slow: $(VENV)/dev
 	$(VENV)/bin/python -m pytest --slow -m slow

@@ -18,6 +18,11 @@ def pytest_configure(config):
     folder = tempfile.TemporaryDirectory(prefix="harness-cache-")
     config.add_cleanup(folder.cleanup)
     os.environ["HARNESS_CACHE"] = folder.name
+    # Compiling is most of the time of tests in jax: LLVM does without optimisation, and nothing is compiled twice. Set
+    # before jax is imported, and for the processes that tests start.
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(folder.name, "compiled")  # noqa: PTH118
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
     if (
         signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     ):  # of a shell's background; what the tests start would inherit it
@@ -29,6 +34,13 @@ def pytest_configure(config):
 def cache_of_its_own(monkeypatch, request):
     """Each test begins with an empty cache; the folder is made when something is written."""
     monkeypatch.setenv("HARNESS_CACHE", os.path.join(os.environ["HARNESS_CACHE"], f"{id(request.node):x}"))  # noqa: PTH118
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Reports without PNG, SVG and PDF, which have tests of their own and take nearly all of a report's time."""
+    monkeypatch.setattr("reports.render_pool._processors", lambda: 1)  # no workers
+    monkeypatch.setattr("reports.render_pool.draw", lambda figure, styles: {})
 
 
 def pytest_addoption(parser):

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parent / "on_devices.py"
 
 def start(devices, *arguments, **environment):
     flags = f"--xla_force_host_platform_device_count={devices}"
-    fast = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MAX_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
+    fast = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     return subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, arguments)], env={**os.environ, **fast, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -77,12 +77,19 @@ def frechet_of_rows(x, y):
 
 
 def test_numbers_and_records(folder, made_inception, monkeypatch):
+    """The network works on a batch and a bit of each file, because it takes most of the time; all rows are mixed from that."""
     seen = {}
     call = InceptionFeatures.__call__
 
     def spy(self, images):
-        found = seen[len(images)] = (images.copy(), call(self, images))
-        return found[1]
+        few = self.batch_size + 2
+        found, mixing = (
+            call(self, images[:few]),
+            np.random.RandomState(len(images)).dirichlet(np.ones(few), len(images)),
+        )
+        mixed = {name: np.float32(mixing) @ getattr(found, name) for name in ("pooled", "spatial", "logits")}
+        seen[len(images)] = (images.copy(), dataclasses.replace(found, **mixed))
+        return seen[len(images)][1]
 
     monkeypatch.setattr(InceptionFeatures, "__call__", spy)
     done = evaluate(*common(folder, made_inception), "--out", folder / "one.jsonl")

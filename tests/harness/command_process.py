@@ -3,26 +3,59 @@
 What the tests of kills need: many processes, real ones, without the seconds that a framework takes to load.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import sys
+import tempfile
 from pathlib import Path
+from subprocess import CompletedProcess
 
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch",
+    "torch._dynamo",  # seconds; the first optimizer imports it, whether anything is compiled or not
+    "sklearn.datasets",  # of the digits
+    "backbones.dit.torch_model",
     "harness.cli.train",
     "harness.cli.sample",
+    "harness.engines.torch.backend",
     "harness.engines.torch.trainer",
     "harness.engines.torch.process_group",
+    "evaluators.features.efficientnet_lite0",
+    "harness.conformance.suite",
+    "harness.conformance.torch_network",
+    "harness.pipeline.evaluate",
+    "harness.pipeline.plan",
+    "harness.pipeline.report",
+    "harness.pipeline.sample",
+    "harness.pipeline.train",
     "reports.grid",
     __name__,
 ]
 
 
+NARROW = "dit-narrow"  # a backbone of these processes, whose steps and checkpoints take milliseconds
+
+
 def start(words, folder, shortest_seconds):
     """The process of `harness WORDS`, started in `folder`; checkpoints come `shortest_seconds` apart."""
     return started(_main, [*map(str, words)], str(folder), shortest_seconds)
+
+
+def run(words, folder, path=()):
+    """`harness WORDS` in `folder` with the packages in the folders `path` installed, when it has ended; at most 300 s.
+
+    Its report, if it writes one, is without drawings.
+    """
+    with tempfile.TemporaryDirectory() as said:
+        words, path = [*map(str, words)], [*map(str, path)]
+        process = started(_main_with_packages, words, str(folder), path, said, dict(os.environ))
+        process.join(300)
+        if process.exitcode is None:
+            process.kill()
+        out, err = ((Path(said) / name).read_text() for name in ("out", "err"))
+        return CompletedProcess(words, process.exitcode, out, err)
 
 
 def started(function, *arguments):
@@ -42,8 +75,31 @@ def _main(words, folder, shortest_seconds):
 
     from harness.cli import main
     from harness.pipeline import training_loop
+    from harness.registry import backbones
 
     torch.set_num_threads(1)
+    spec = backbones.get("dit-xs-4")
+    narrow = {**spec.defaults, "depth": 2, "width": 48, "heads": 4}
+    backbones.register(dataclasses.replace(spec, name=NARROW, defaults=narrow))
     training_loop.MIN_CHECKPOINT_SECONDS, training_loop.CHECKPOINT_SHARE = shortest_seconds, 1.0
+    sys.argv = ["harness", *words]
+    main()
+
+
+def _main_with_packages(words, folder, path, said, environment):
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    for number, name in ((1, "out"), (2, "err")):
+        with (Path(said) / name).open("w") as file:
+            os.dup2(file.fileno(), number)
+    sys.path[:0] = path  # as PYTHONPATH does; no registry has been read yet
+    import torch
+
+    from harness.cli import main
+    from reports import render_pool
+
+    torch.set_num_threads(1)
+    render_pool._processors, render_pool.draw = lambda: 1, lambda figure, styles: {}
     sys.argv = ["harness", *words]
     main()

@@ -23,7 +23,7 @@ from harness.runs.run import Resolved
 from harness.runs.samples import read_sidecar
 
 NARROW = {"depth": 2, "width": 48, "heads": 4}
-RECIPE = {  # every item that changes the arithmetic of a step; half of the gradients are longer than clip_norm
+RECIPE = {  # every item that changes the arithmetic of a step; some gradients are longer than clip_norm, and some are not
     "batch": "16", "learning_rate": "3e-4", "weight_decay": "1", "warmup_steps": "5", "clip_norm": "1.6",
     "ema_decay": "0.99", "ema_ramp": "true", "label_dropout": "0.2", "flip": "true",
     "ema_widths": "0.05:0.10", "ema_snapshots": "2",

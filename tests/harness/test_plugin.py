@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
+import command_process
 import few_digits
 import numpy as np
 import pytest
@@ -21,6 +22,11 @@ NAME, DISTRIBUTION = "convmixer-64-4", "backbone-harness-example"
 
 
 def harness(*words, cwd, path=()):
+    return command_process.run(words, cwd, path)
+
+
+def from_nothing(*words, cwd, path=()):
+    """The same in a new interpreter, as a user starts it."""
     here = (
         [os.environ["PYTHONPATH"]] if "PYTHONPATH" in os.environ else []
     )  # of the tree under test, if it is not installed
@@ -84,13 +90,13 @@ def strangers(folder, distribution, points, files=None):
 
 
 def test_the_example_is_listed_with_its_distribution_and_loads_no_framework(installed, tmp_path):
-    done = harness("list", "backbones", "--json", cwd=tmp_path, path=[installed])
+    done = from_nothing("list", "backbones", "--json", cwd=tmp_path, path=[installed])
     document = json.loads(done.stdout)
     (row,) = [row for row in document["backbones"] if row["name"] == NAME]
     assert (row["from"], row["kind"], row["frameworks"]) == (DISTRIBUTION, "denoiser", ["torch"])
     assert document["problems"] == []
     assert f"[{DISTRIBUTION}]" in harness("list", "backbones", cwd=tmp_path, path=[installed]).stdout
-    without = json.loads(harness("list", "backbones", "--json", cwd=tmp_path).stdout)
+    without = json.loads(from_nothing("list", "backbones", "--json", cwd=tmp_path).stdout)
     assert NAME not in [row["name"] for row in without["backbones"]]  # or the fixture would show nothing
     code = "import sys, harness; harness.get_backbone(sys.argv[1]); sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(installed)}

@@ -81,13 +81,6 @@ def makers():
 
 
 @pytest.fixture
-def undrawn(monkeypatch):
-    """Reports without PNG, SVG and PDF, which have tests of their own."""
-    monkeypatch.setattr("reports.render_pool._processors", lambda: 1)  # no workers
-    monkeypatch.setattr("reports.render_pool.draw", lambda figure, styles: {})
-
-
-@pytest.fixture
 def imagenet():
     """A record that may stand in Table 2: the paper's data set, resolution, N and suite."""
 

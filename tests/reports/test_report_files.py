@@ -123,7 +123,7 @@ def test_refusals_and_failures(tmp_path, undrawn, monkeypatch):
         write_report([], tmp_path / "file")
 
 
-def test_the_command_names_the_page_last(study, tmp_path):
+def test_the_command_names_the_page_last(study, undrawn, tmp_path):
     append(tmp_path / "runs" / "records.jsonl", study)
     done = CliRunner().invoke(group, ["report", "--results", str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
     assert done.exit_code == 0 and done.output.splitlines()[-1] == f"page: {tmp_path / 'out' / 'report.html'}"

@@ -212,7 +212,7 @@ def test_a_record_is_believed_before_the_registry(sides, known):
     assert verdicts_of(*sides(said={"blur": True, "charm": False})) == {"blur": "loss", "charm": "loss"}
 
 
-def test_tables_and_page_show_which_way_is_better(lines, known, tmp_path):
+def test_tables_and_page_show_which_way_is_better(lines, known, undrawn, tmp_path):
     """Of metrics whose records tell (haze, wit), of a plug-in's that the registry knows, and of all that are built in."""
     told = {"haze": False, "wit": True}
     higher = told | DIRECTIONS | built_in()
