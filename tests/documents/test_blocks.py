@@ -26,7 +26,13 @@ NEEDS = (
 )  # fmt: skip
 LANGUAGES = {"sh", "python", "toml", "text", "bibtex"}
 FAST = {"precision": "float32", "micro_batch": 8}  # not measured
-DEFAULTS = {"run": FAST, "train": FAST}
+DEFAULTS = {"run": {**FAST, "report": False}, "train": FAST}
+SMALL = {
+    "dit-xs-2": {"depth": 1, "width": 48},
+    "dit-xs-4": {"depth": 1, "width": 48},
+    "adm-xs": {"width": 32},
+    "adm-u-xs": {"width": 32},
+}
 FIGURE = {
     "png": b"any",
     "svg": b"<svg xmlns='http://www.w3.org/2000/svg'></svg>",
@@ -52,7 +58,7 @@ class MeanPixels:
 
 
 class Session:
-    """The folder in which all pages are run, one after the other, with digits that are trained for 4 steps."""
+    """The folder in which all pages are run, one after the other, with small networks that are trained for 4 steps."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -60,6 +66,9 @@ class Session:
         self.ran = {}
 
     def shrink(self):
+        for name, smaller in SMALL.items():
+            spec = registry.backbones.get(name)
+            registry.backbones._items[name] = dataclasses.replace(spec, defaults={**spec.defaults, **smaller})
         for name in ("digits", "digits-4"):
             protocol = registry.protocols.get(name)
             registry.protocols._items[name] = dataclasses.replace(
@@ -181,6 +190,8 @@ def session(tmp_path_factory):
         patch.setattr("evaluators.features.efficientnet_lite0.load", MeanPixels)
         patch.setattr("reports.render_pool.draw", lambda figure, styles: FIGURE)
         patch.setattr("reports.render_pool.RenderPool._start", lambda self, wanted: None)
+        patch.setattr("harness.runs.provenance._versions", dict)
+        patch.setattr("harness.runs.provenance._commit", lambda: None)
         patch.setattr("harness.conformance.suite.ALL", {"torch": QUICK, "jax": QUICK})
         yield session
     registry._entry_points.cache_clear()
