@@ -24,7 +24,7 @@ lint: $(VENV)/dev
 	$(VENV)/bin/mypy --cache-dir $(VENV)/mypy
 
 docs: $(VENV)/dev
-	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	$(VENV)/bin/python -m sphinx -E -a -W --keep-going -n -q -b html docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 links: $(VENV)/dev # follows the external links, so it needs a network

@@ -39,10 +39,10 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README and the documentation; first steps come first, because other pages go on with their run."""
-    first = ROOT / "docs" / "first-steps.md"
-    others = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts and path != first)
-    return [first, *others, ROOT / "README.md"]
+    """README and the documentation. The first two come first, because other pages go on with their runs."""
+    first = [ROOT / "README.md", ROOT / "docs" / "first-steps.md"]
+    others = sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts)
+    return [*first, *(path for path in others if path not in first)]
 
 
 def blocks_of(page: Path) -> list[Block]:

@@ -203,8 +203,8 @@ def session(tmp_path_factory):
 def test_what_a_page_shows_runs(page, session, monkeypatch):
     monkeypatch.chdir(session.folder)
     monkeypatch.setenv("HARNESS_CACHE", str(session.cache))
-    session.run(pages()[0])
-    session.run(page)
+    for each in (*pages()[:2], page):
+        session.run(each)
 
 
 @pytest.mark.parametrize("page", pages(), ids=name_of)
