@@ -1,12 +1,13 @@
 # Two commands for a fresh machine with Python and pip; both make their own virtual environment first.
 #   make demo    the main job on real images: train, sample, evaluate, report (minutes on two cores)
 #   make test    the tests
+# And the documentation: make docs, into docs/_build/html.
 
 VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow lint
+.PHONY: demo test slow lint docs links
 
 demo: $(VENV)/core
 	$(VENV)/bin/harness run --backbone dit-xs-2
@@ -21,6 +22,13 @@ lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --cache-dir $(VENV)/mypy
+
+docs: $(VENV)/dev
+	$(VENV)/bin/python -m sphinx -E -a -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+links: $(VENV)/dev # follows the external links, so it needs a network
+	$(VENV)/bin/python -m sphinx -q -b linkcheck docs docs/_build/links
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; name one with make PYTHON=...")'

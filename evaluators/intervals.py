@@ -28,10 +28,10 @@ class Estimate:
 
     left_out: float64 (B,), left_out[b] is the metric on the samples outside block b.
     trials: N if the value is a share of the N samples, else None. With fewer than 10 samples on either side of the share
-        the jackknife's interval is too narrow, and a binomial interval is used instead.
+    the jackknife's interval is too narrow, and a binomial interval is used instead.
     half_variance: half the variance of the metric on disjoint halves of the set. It is a lower bound of the variance,
-        for a metric whose jackknife variance is far too large (see evaluators/precision_recall.py). None: use the
-        jackknife variance alone.
+    for a metric whose jackknife variance is far too large (see evaluators/precision_recall.py). None: use the
+    jackknife variance alone.
     warning: one line on why the value is doubtful; empty: no doubt.
     """
 

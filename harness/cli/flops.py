@@ -44,9 +44,9 @@ def command(
     if sampling:
         if protocol or breakdown or check:
             raise UserError("--sampling counts systems as they are; leave out --protocol, --breakdown and --check")
-        show_sampling(
-            [get_system(name) for name in names] or [each for each in systems if not each.unavailable], as_json
-        )
+        runnable = [each for each in systems if not each.unavailable]
+        # of an adaptive sampler each image has its own cost; asked for by name, such a system is refused with that reason
+        show_sampling([get_system(name) for name in names] or [s for s in runnable if not s.is_adaptive], as_json)
         return
     # a name that a backbone and a system have in common means the backbone
     system_names = [name for name in names if name in systems and name not in backbones]

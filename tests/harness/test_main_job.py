@@ -1,4 +1,4 @@
-"""The README's first command, as it stands there: minutes, so on demand (`make slow`)."""
+"""The first command of README and first steps, as it stands there: minutes, so on demand (`make slow`)."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The commands as functions: what README shows, the same settings as the command line, typed results, nothing printed."""
+"""The commands as functions: what the documentation shows, the same settings as the command line, typed results, nothing printed."""
 
 import dataclasses
 import inspect
@@ -29,7 +29,7 @@ from harness.settings import (
 )
 from results.records import Record
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "python.md"
 OPTIONS = {
     "run": RunOptions, "train": TrainOptions, "sample": SampleOptions, "evaluate": EvaluateOptions, "plan": PlanOptions,
     "report": ReportOptions, "compare": CompareOptions,
@@ -37,16 +37,16 @@ OPTIONS = {
 SMALL = 'steps=2, samples=100, precision="float32", micro_batch=8, set={"batch": 8}, report=False'
 
 
-def test_the_main_job_is_what_readme_shows(tmp_path, monkeypatch, capsys):
+def test_the_main_job_is_what_the_documentation_shows(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    section = README.read_text(encoding="utf-8").partition("## From Python")[2]
+    section = PAGE.read_text(encoding="utf-8")
     block = re.search(r"```python\n(.*?)```", section, re.DOTALL)[1]
     lines = [line for line in block.splitlines() if line.strip()]
     assert 2 <= len(lines) <= 5 and block.count("steps=800") == 1
     names = {}
     exec(
         compile(
-            block.replace("steps=800", SMALL).replace("sampling_steps=[10, 50]", "sampling_steps=[2]"), "README", "exec"
+            block.replace("steps=800", SMALL).replace("sampling_steps=[10, 50]", "sampling_steps=[2]"), "page", "exec"
         ),
         names,
     )
@@ -58,7 +58,7 @@ def test_the_main_job_is_what_readme_shows(tmp_path, monkeypatch, capsys):
         isinstance(record, Record) and record.n == 100 and record.sampling.steps == 2 for record in result.records
     )
     printed = capsys.readouterr().out
-    assert len(printed.splitlines()) == 6 and printed.startswith("fd 2 ")  # README's own print, and nothing else
+    assert len(printed.splitlines()) == 6 and printed.startswith("fd 2 ")  # the page's own print, and nothing else
 
     again = harness.run(
         backbone="dit-xs-2", steps=2, samples=100, sampling_steps=2, precision="float32", set={"batch": 8}, report=False

@@ -318,7 +318,9 @@ def test_torchrun_takes_no_option_of_ours_for_its_own():
             words = ["-m", "harness", command.name, flag, "value"]
             found = parse_args(["--standalone", "--nproc-per-node", "2", *words])
             assert (found.training_script, found.training_script_args) == ("harness", words[2:]), flag
-    found = parse_args(["--nproc-per-node", "2", "-m", "--", "harness", "sample", "--run", "here"])  # as README says
+    found = parse_args(
+        ["--nproc-per-node", "2", "-m", "--", "harness", "sample", "--run", "here"]
+    )  # as docs/guides/clusters.md says
     assert (found.training_script, found.training_script_args) == ("harness", ["sample", "--run", "here"])
 
 
