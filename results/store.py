@@ -5,12 +5,14 @@ import dataclasses
 import gc
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.io import files
+from harness.io.text import check_plain
 from results.lines import LineReader
 from results.records import BrokenRecord, NewerSchema, Record, to_json
 
@@ -65,6 +67,7 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
     full, no permission); then no record is written.
     """
     path = Path(path)
+    check_record_file(path)
     with files.appending(path) as file:
         known = _repair_and_read(file)
         new: list[str] = []
@@ -77,6 +80,23 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
         if new:
             files.append(file, "".join(new).encode("ascii"))
     return len(new)
+
+
+def check_record_file(path: Path) -> None:
+    """UserError where the file at `path` holds something else than records, which nothing may be appended to."""
+    check_plain(path, "record file")
+    try:
+        if not path.is_file() or path.stat().st_size == 0 or _holds_records(path):
+            return
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return  # writing will say it
+    # a first record that a crash has cut, or records that were edited
+    first = re.match(rb'\s*{"([a-z_]+)":', head)
+    names = {"id", "interval_check", "schema", *(field.name for field in dataclasses.fields(Record))}
+    if head.strip() and (first is None or first[1].decode() not in names):
+        raise UserError(f"{path} holds something else than records and is left as it is; name another record file")
 
 
 @contextlib.contextmanager
@@ -114,9 +134,13 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
         if progress is not None:
             progress("records", done, len(names))
         try:
+            check_plain(Path(path), "record file")
             content = Path(path).read_bytes()
         except OSError as error:
             problems.append(Problem(path=path, line=0, reason=f"cannot be read: {error.strerror or error}"))
+            continue
+        except UserError as error:  # no plain file
+            problems.append(Problem(path=path, line=0, reason=str(error)))
             continue
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
