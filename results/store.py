@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.io import files
 from harness.io.text import check_plain
 from results.lines import LineReader
@@ -184,9 +184,13 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
     Raises UserError for a path that does not exist.
     """
     found: set[Path] = set()
-    for path in map(Path, paths):
+    for given in paths:
+        if not isinstance(given, str | os.PathLike):
+            raise UserError(f"{shown(given)} is no path of records: name a run, a folder of runs, or a records.jsonl")
+        path = Path(given)
         if path.is_dir():
-            found.update(each for each in path.rglob("*.jsonl") if each.name == RECORDS_FILE or _holds_records(each))
+            logs = (each for each in path.rglob("*.jsonl") if each.is_file())  # opening a pipe may wait for ever
+            found.update(each for each in logs if each.name == RECORDS_FILE or _holds_records(each))
         elif path.exists():
             found.add(path)
         else:

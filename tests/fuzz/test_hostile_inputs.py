@@ -70,7 +70,7 @@ def test_a_path_with_a_zero_byte_is_none():
     "words",
     [
         ("weights", "inspect", "PIPE"), ("weights", "import", "PIPE", "--out", "made"), ("study", "PIPE", "--status"),
-        ("flops", "dit-xs-2", "--protocol", "PIPE.toml"), ("compare", "PIPE", "PIPE"), ("data", "verify", "PIPE"),
+        ("flops", "dit-xs-2", "--protocol", "PIPE.toml"), ("compare", "PIPE", "PIPE"), ("compare", "with-pipes", "with-pipes"), ("data", "verify", "PIPE"),
         ("evaluate", "PIPE", "--suite", "tiny"), ("evaluate", "s.npz", "--suite", "tiny", "--reference", "PIPE"),
         ("evaluate", "s.npz", "--suite", "tiny", "--out", "PIPE"), ("evaluate", "s.npz", "--suite", "adm", "--inception", "PIPE"),
         ("evaluate", "s.npz", "--suite", "adm", "--inception", "PIPE", "--reference", "s.npz"), ("sample", "--run", "PIPE"),
@@ -87,6 +87,8 @@ def test_nothing_waits_for_a_pipe(tmp_path, monkeypatch, words):
         "PIPE",
         "PIPE.toml",
         "with-pipes/run.json",
+        "with-pipes/x.jsonl",
+        "with-pipes/records.jsonl",
         "idx/train-images-idx3-ubyte",
         "idx/train-labels-idx1-ubyte",
         "s.json",
