@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.io.files import write_bytes
+from harness.io.files import explained, write_bytes
 from reports import charts
 from reports.figures import absent, figures, published_records
 from reports.html_tables import to_html_page
@@ -64,6 +64,8 @@ def write_report(
         raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     notify = progress or (lambda stage, done, total: None)
     record_files = find_record_files(record_paths)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of drawing
     packaged = resources.files("results").joinpath("measured")
     with RenderPool() as pool:
         with collector_paused():  # the garbage collector, which would traverse the records again and again

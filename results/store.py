@@ -17,6 +17,7 @@ from results.lines import LineReader
 from results.records import BrokenRecord, NewerSchema, Record, to_json
 
 RECORDS_FILE = "records.jsonl"
+LONGEST = 1 << 32  # bytes of a record file, which is read as a whole
 HEAD_BYTES = 1 << 20  # of a file that are read to tell whether it holds records
 
 # Threads, processors and libraries change a metric by less; a larger difference is a conflict.
@@ -134,7 +135,7 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
         if progress is not None:
             progress("records", done, len(names))
         try:
-            check_plain(Path(path), "record file")
+            check_plain(Path(path), "record file", LONGEST)
             content = Path(path).read_bytes()
         except OSError as error:
             problems.append(Problem(path=path, line=0, reason=f"cannot be read: {error.strerror or error}"))

@@ -18,7 +18,8 @@ from harness.errors import UserError, shown
 
 MAX_INT = 2**63 - 1  # of seeds and counts
 MAX_TILES = 1024  # images of one picture
-LONGEST_TOML, MAX_DOTS = 1 << 18, 300  # bytes of a file, dots of a line
+LONGEST_TOML, LONGEST_JSON = 1 << 18, 1 << 28  # bytes
+MAX_DOTS = 300  # of a line of TOML
 COUNT_EXAMPLES = "250, 400k or 7M"
 
 
@@ -46,9 +47,11 @@ def read_sampler_steps(value: Any) -> tuple[int, ...]:
     text = value if isinstance(value, str) else ""
     if match := re.fullmatch(r"\s*ddim([0-9]+)\s*", text):
         raise ValueError(f"{value!r} is --sampling-steps {match[1]} --spacing whole-stride here")
-    parts = [part.strip() for part in text.split(",")]
-    if len(set(parts)) < len(parts) and all(part.isdigit() for part in parts):
+    parts = [part.strip() for part in text.replace(":", ",").split(",")]
+    if (":" in text or len(set(parts)) < len(parts)) and all(part.isdigit() for part in parts):
         total, sections = sum(map(int, parts)), ":".join(parts)
+        if ":" in text:
+            raise ValueError(f"{value!r} is --sampling-steps {total} --spacing {sections} here")
         raise ValueError(
             f"{value!r} has a count twice, and each number gives one sample set; equal sections with these counts are "
             f"--sampling-steps {total} --spacing {sections}"
@@ -131,10 +134,15 @@ def read_path(value: Any) -> Path:
     return path.resolve() if path.name in ("", "..") else path
 
 
-def check_plain(path: Path, what: str) -> None:
-    """UserError where `path` is a pipe, a device or a socket: reading one may wait for ever. what: names it."""
+def check_plain(path: Path, what: str, longest: int | None = None) -> None:
+    """UserError where `path` is a pipe, a device or a socket: reading one may wait for ever. what: names it.
+
+    longest: bytes; a longer file is refused, because it is read as a whole. None: it is not.
+    """
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise UserError(f"{what} {path} is a pipe, a device or a socket and no file")
+    if longest is not None and path.is_file() and path.stat().st_size > longest:
+        raise UserError(f"{what} {path} is larger than {longest:,} bytes; it is no {what}")
 
 
 def read_text(value: object) -> str:
@@ -197,9 +205,7 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     what: names the kind of file in the message.
     """
     try:
-        check_plain(path, f"{what} file")
-        if path.stat().st_size > LONGEST_TOML:
-            raise UserError(f"{what} file {path} is larger than {LONGEST_TOML:,} bytes; it is no {what} file")
+        check_plain(path, f"{what} file", LONGEST_TOML)
         text = path.read_text(encoding="utf-8-sig")
         # tomllib's time grows with the square of the parts of a dotted key
         if max((line.count(".") for line in text.splitlines()), default=0) > MAX_DOTS:

@@ -623,8 +623,6 @@ def of_records(case):
     case.may_change.add("a/records.jsonl")  # a torn last line is cut off, on purpose
     if draw.random() < 0.3:
         case.call = lambda: harness.load_records(str(path))
-    elif draw.random() < 0.01:
-        case.words = ("report", "--results", path.parent, "--out", case.folder / "page")
 
 
 def of_toml(case):

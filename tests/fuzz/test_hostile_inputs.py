@@ -9,8 +9,9 @@ import pytest
 from harness.errors import UserError
 from harness.io.files import read_json
 from harness.io.text import parse_json, read_path, read_toml
+from harness.runs.samples import find_sidecar
 from results.records import Record, to_json
-from results.store import append, check_record_file
+from results.store import append, check_record_file, load
 
 RECORD = Record(
     provenance="measured", metric="fd", value=1.0, system="x", n=100, protocol="digits", resolution=8, dataset="digits"
@@ -59,6 +60,18 @@ def test_a_name_with_a_line_end_leaves_a_message_of_one_line():
     assert (
         str(UserError("caf\u00e9 \u4e2d \udcff")) == "caf\u00e9 \u4e2d \udcff"
     )  # what terminals show, and bytes of names
+
+
+def test_a_file_that_is_too_long_is_not_read(tmp_path):
+    for name in ("records.jsonl", "x.json", "x.toml", "s.json"):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(1 << 40)  # a hole, which takes no place
+    assert "larger than" in load([tmp_path / "records.jsonl"]).problems[0].reason
+    for call in (lambda: read_json(tmp_path / "x.json", "run"), lambda: read_toml(tmp_path / "x.toml", "study")):
+        with pytest.raises(UserError, match="larger than"):
+            call()
+    np.savez(tmp_path / "s.npz", arr_0=np.zeros((2, 8, 8, 1), np.uint8))
+    assert find_sidecar(tmp_path / "s.npz") is None
 
 
 def test_a_path_with_a_zero_byte_is_none():
