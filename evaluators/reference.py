@@ -27,6 +27,7 @@ Progress = Callable[[str, int, int], None]  # (stage, images done, total)
 
 CACHE_FORMAT = 2
 IMAGES_PER_CALL = 512
+MAX_STATISTIC = 1e50  # of mu and sigma; products of larger ones overflow
 MINIMUM_IMAGES = 20  # enough for a third nearest neighbour and a covariance
 
 
@@ -202,6 +203,10 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
                 )
             if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
                 raise UserError(f"{path}: {mean} or {covariance} is not finite; fetch the file again")
+            if max(np.abs(mu).max(initial=0), np.abs(sigma).max(initial=0)) > MAX_STATISTIC:
+                raise UserError(
+                    f"{path}: {mean} or {covariance} has values above {MAX_STATISTIC:g}, which no features have"
+                )
             given[mean] = Statistics(n=None, mean=mu.astype(np.float64), covariance=(sigma + sigma.T) / 2)
     digest = hashlib.sha256(reference.sha256.encode())
     for from_file in given.values():

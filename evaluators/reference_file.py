@@ -20,6 +20,7 @@ from evaluators.features.spec import FeatureExtractor
 from harness.errors import RunError, UserError
 from harness.images.npz import open_npz_file
 from harness.io import files
+from harness.io.text import parse_json
 
 FORMAT = 1
 ABOUT_CHARACTERS = 1 << 16  # of the longest `about` that is read; numpy stores 4 bytes for each
@@ -130,7 +131,7 @@ def read_about(path: Path) -> About | None:
             text = str(file.read("about")) if header.nbytes <= 4 * ABOUT_CHARACTERS else None
         if text is None or header.dtype.kind != "U" or header.shape != ():
             raise ValueError(f"it is {header.dtype} {header.shape}")
-        values = json.loads(text)["reference"]
+        values = parse_json(text)["reference"]
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']!r}, this version knows {FORMAT}")
         about = About(**{**values, "shape": tuple(values["shape"])})

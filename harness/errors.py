@@ -7,14 +7,33 @@ from __future__ import annotations
 
 import os
 import traceback
+import unicodedata
 from pathlib import Path
 
 
-class UserError(ValueError):
+def escaped(text: str) -> str:
+    """The text on one line: line ends and other control characters, of which file names may have some, are escaped."""
+    if text.isprintable():
+        return text
+    kept = ("Cs", "Co", "Zs", "Cn")  # bytes that are no UTF-8, and what a newer Unicode or a font may have
+    return "".join(
+        each if each.isprintable() or unicodedata.category(each) in kept else each.encode("unicode_escape").decode()
+        for each in text
+    )
+
+
+class _OneLine(Exception):
+    """An error whose message is one line."""
+
+    def __init__(self, message: object = ""):
+        super().__init__(escaped(str(message)))
+
+
+class UserError(_OneLine, ValueError):
     """The request cannot be carried out: wrong usage, wrong input, or something is missing. Exit code 2."""
 
 
-class RunError(RuntimeError):
+class RunError(_OneLine, RuntimeError):
     """The request was valid, but it failed while it was carried out (a check, the disk, a number). Exit code 1."""
 
 

@@ -76,6 +76,8 @@ class Registry(Generic[Item]):
     def get(self, name: str) -> Item:
         """The item of that name. Raises `UserError`, which suggests similar names, if there is none."""
         self._load()
+        if not isinstance(name, str):
+            raise UserError(f"{shown(name)} is no name of a {self.noun}")
         if name not in self._items:
             failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
             raise UserError(

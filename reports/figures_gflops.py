@@ -20,7 +20,7 @@ from reports.figures_study import (
     records_of,
     single_mark_series,
 )
-from reports.fits import PowerLaw, correlation, power_law
+from reports.fits import FEWEST, PowerLaw, correlation, power_law
 from reports.means import is_distinguishable
 from reports.points import (
     BEYOND,
@@ -178,6 +178,8 @@ def correlation_with_gflops(all_studies: Sequence[Study]) -> Figure | None:
         if law is not None:
             series = [*law_series(law), *series]
             notes.append(law_note(law, family))
+        else:
+            notes += missing_law_note(best)
         panels.append(
             Panel(
                 heading=study.group.heading,
@@ -285,6 +287,14 @@ def law_note(law: PowerLaw, family: str) -> str:
     if law.left_out:
         words.append(f"{law.left_out} points at or below 0 have no logarithm and are not in the fit")
     return "; ".join(words)
+
+
+def missing_law_note(marked: Sequence[tuple[Line, Mark]]) -> list[str]:
+    """[why there is no law], where points without a logarithm leave too few of enough; else []."""
+    lost = sum(mark.x <= 0 or mark.y <= 0 for _, mark in marked)
+    if not lost or len(marked) < FEWEST:
+        return []
+    return [f"no power law: {lost} of {len(marked)} points are at or below 0 and have no logarithm"]
 
 
 def _predictions(law: PowerLaw, wanted: dict[str, float], name_text: Callable[[str], str]) -> list[Series]:

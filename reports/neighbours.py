@@ -12,6 +12,8 @@ from harness.io import files
 _BACKGROUND = 255
 _INK = 60
 _SMALLEST_TILE = 64  # side in pixels below which a caption does not fit and an image is hard to see
+_MARK = ("Software", "backbone-harness: nearest training images")  # of a PNG, by which it is known again
+_HEAD_BYTES = 512
 _CAPTION = 14  # height in pixels, below each tile
 
 
@@ -30,6 +32,7 @@ def write_neighbours(
     Raises UserError for arrays of a wrong dtype or shape, and RunError if the file cannot be written.
     """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     _check(samples, neighbours, sample_captions, neighbour_captions)
     rows, k = neighbours.shape[:2]
@@ -50,10 +53,20 @@ def write_neighbours(
             below = slice(top + tile_height, top + tile_height + _CAPTION)
             canvas[below, start : start + tile_width] = _caption(text, tile_width)[..., None]
     picture = Image.fromarray(canvas[..., 0] if channels == 1 else canvas)
-    encoded = io.BytesIO()
-    picture.save(encoded, format="PNG")
+    encoded, about = io.BytesIO(), PngInfo()
+    about.add_text(*_MARK)
+    picture.save(encoded, format="PNG", pnginfo=about)
     files.write_bytes(Path(path), encoded.getvalue(), shared=True)  # shared: other processes may write it, too
     return Path(path)
+
+
+def is_neighbours_picture(path: Path) -> bool:
+    """Whether the file at `path` is a picture that `write_neighbours` wrote, which another one may replace."""
+    try:
+        with path.open("rb") as file:
+            return b"tEXt" + b"\0".join(part.encode() for part in _MARK) in file.read(_HEAD_BYTES)
+    except OSError:
+        return False
 
 
 def _check(

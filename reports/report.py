@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.io.files import read_json, write_bytes
+from harness.io.files import explained, read_json, write_bytes
 from reports import charts
 from reports.figures import absent, figures, published_records
 from reports.html_tables import to_html_page
@@ -68,6 +68,8 @@ def write_report(
         raise UserError(f"cannot write the report to {out}: it is a file; name a folder with --out")
     notify = progress or (lambda stage, done, total: None)
     record_files = find_record_files(record_paths)
+    with explained(out):
+        out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of drawing
     with RenderPool() as pool, packaged_runs() as packaged:
         with collector_paused():  # the garbage collector, which would traverse the records again and again
             loaded, packaged = _load(record_files, packaged, progress)

@@ -196,6 +196,8 @@ class Verdict:
     if_trained_again: the verdict with the noise of training both sides again (`SAMPLING_RULE`); "unknown" where that
     noise is neither measured nor published, unless the sides tie already by the noise of sampling. None where several
     training seeds were compared, or where the verdict is unknown.
+    training_noise: where the noise of training comes from: "seeds" of both sides or of one, "published" (`RETRAINING`), or
+    None where it is not known.
     """
 
     metric: str
@@ -208,6 +210,7 @@ class Verdict:
     scope: str
     verdict: str
     if_trained_again: str | None
+    training_noise: str | None = None
 
 
 def compare(a: Iterable[Record], b: Iterable[Record]) -> list[Verdict]:
@@ -452,13 +455,14 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group, systems: int = 2)
             return "tie"
         return "win" if (difference > 0) == higher_is_better else "loss"
 
-    largest_tie = degrees_of_freedom = if_trained_again = None
+    largest_tie = degrees_of_freedom = if_trained_again = training_noise = None
     verdict, scope = "unknown", "these checkpoints"
     if min(len(a.seeds), len(b.seeds)) > 1:
         scope = "training seeds"
         welch = _welch(a, b)
         if welch is not None:
             largest_tie, degrees_of_freedom = welch[0] * widening(systems, welch[1]), welch[1]
+            training_noise = "seeds"
             verdict = verdict_at(largest_tie)
     elif (noises := _facing(a, b, Group.sampling_noise)) is not None:
         degrees = min(noise.degrees for noise in noises)
@@ -468,11 +472,13 @@ def verdict_of(metric: str, sampling: str, a: Group, b: Group, systems: int = 2)
             retrained = _largest_tie_if_trained_again(a, b, noises, systems)
             if retrained is not None:
                 if_trained_again = verdict_at(max(retrained, largest_tie))
+                training_noise = "seeds" if max(len(a.seeds), len(b.seeds)) > 1 else "published"
             else:
                 if_trained_again = "tie" if verdict == "tie" else "unknown"
     return Verdict(
         metric=metric, sampling=sampling, a=a, b=b, difference=difference, largest_tie=largest_tie,
         degrees_of_freedom=degrees_of_freedom, scope=scope, verdict=verdict, if_trained_again=if_trained_again,
+        training_noise=training_noise,
     )  # fmt: skip
 
 

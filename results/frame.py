@@ -52,7 +52,7 @@ def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
         frame = harness.load_records("runs")
         frame[frame.metric == "fd"].groupby(["system", "training_steps"]).value.agg(["mean", "min", "max"])
     """
-    given = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    given = list(paths) if isinstance(paths, Iterable) and not isinstance(paths, str) else [paths]
     loaded = load(find_record_files(given))
     for problem in (*loaded.problems, *loaded.conflicts):
         logger.warning("%s", problem)

@@ -5,16 +5,19 @@ import dataclasses
 import gc
 import math
 import os
+import re
 from collections.abc import Callable, Iterable
 from io import FileIO
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.io import files
+from harness.io.text import check_plain
 from results.lines import LineReader
 from results.records import BrokenRecord, NewerSchema, Record, to_json
 
 RECORDS_FILE = "records.jsonl"
+LONGEST = 1 << 32  # bytes of a record file, which is read as a whole
 HEAD_BYTES = 1 << 20  # of a file that are read to tell whether it holds records
 
 # Threads, processors and libraries change a metric by less; a larger difference is a conflict.
@@ -65,6 +68,7 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
     full, no permission); then no record is written.
     """
     path = Path(path)
+    check_record_file(path)
     with files.appending(path) as file:
         known = _repair_and_read(file)
         new: list[str] = []
@@ -77,6 +81,23 @@ def append(path: str | os.PathLike, records: Iterable[Record]) -> int:
         if new:
             files.append(file, "".join(new).encode("ascii"))
     return len(new)
+
+
+def check_record_file(path: Path) -> None:
+    """UserError where the file at `path` holds something else than records, which nothing may be appended to."""
+    check_plain(path, "record file")
+    try:
+        if not path.is_file() or path.stat().st_size == 0 or _holds_records(path):
+            return
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
+    except OSError:
+        return  # writing will say it
+    # a first record that a crash has cut, or records that were edited
+    first = re.match(rb'\s*{"([a-z_]+)":', head)
+    names = {"id", "interval_check", "schema", *(field.name for field in dataclasses.fields(Record))}
+    if head.strip() and (first is None or first[1].decode() not in names):
+        raise UserError(f"{path} holds something else than records and is left as it is; name another record file")
 
 
 @contextlib.contextmanager
@@ -114,9 +135,13 @@ def load(paths: Iterable[str | os.PathLike], progress: Callable[[str, int, int],
         if progress is not None:
             progress("records", done, len(names))
         try:
+            check_plain(Path(path), "record file", LONGEST)
             content = Path(path).read_bytes()
         except OSError as error:
             problems.append(Problem(path=path, line=0, reason=f"cannot be read: {error.strerror or error}"))
+            continue
+        except UserError as error:  # no plain file
+            problems.append(Problem(path=path, line=0, reason=str(error)))
             continue
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
@@ -160,9 +185,13 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
     Raises UserError for a path that does not exist.
     """
     found: set[Path] = set()
-    for path in map(Path, paths):
+    for given in paths:
+        if not isinstance(given, str | os.PathLike):
+            raise UserError(f"{shown(given)} is no path of records: name a run, a folder of runs, or a records.jsonl")
+        path = Path(given)
         if path.is_dir():
-            found.update(each for each in path.rglob("*.jsonl") if each.name == RECORDS_FILE or _holds_records(each))
+            logs = (each for each in path.rglob("*.jsonl") if each.is_file())  # opening a pipe may wait for ever
+            found.update(each for each in logs if each.name == RECORDS_FILE or _holds_records(each))
         elif path.exists():
             found.add(path)
         else:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from harness.io.text import check_plain
+
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types; _BYTES is also that of texts and messages
 
 # Element types of an image network's constants: number in types.proto -> (numpy's dtype, the field of TensorProto that
@@ -218,6 +220,7 @@ def read_graph(data: memoryview) -> dict[str, Node]:
 
 def map_file(path: Path) -> memoryview:
     """The memory-mapped bytes of a file; valid as long as a view of them exists. Raises OSError as `open` does."""
+    check_plain(path, "graph")
     with path.open("rb") as file:
         if not file.seek(0, 2):  # an empty file cannot be mapped
             return memoryview(b"")

@@ -12,12 +12,12 @@ from backbones.autoencoders.spec import KL_CONFIG, KNOWN, WEIGHTS, Known, kl_set
 from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
-from harness.weights.files import sha256
-from harness.weights.folders import known_file
+from harness.weights.files import open_weights, sha256
+from harness.weights.folders import is_index, known_file
 
 DIFFUSERS_FILE = re.compile(
-    r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)"
-)  # with or without a variant
+    r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)(\.index(\.[A-Za-z0-9_]+)?\.json)?"
+)  # with or without a variant, or the index of several parts
 
 # Stable Diffusion's scaling_factor, about 1 / the standard deviation of its latents; used if a config has none
 SCALE_KL = 0.18215
@@ -201,5 +201,5 @@ def read_identity(name: str, flag: str) -> dict[str, Any]:
     known, path, _ = find(name, None, flag)
     config, file = locate(path, flag)
     config = KL_CONFIG if config is None else config
-    digest = sha256(file)
+    digest = sha256(file) if not is_index(file) else open_weights(file).sha256()
     return identity(record_name(known, "kl", digest), digest, *scale_and_shift(config), kl_settings(config))

@@ -6,6 +6,7 @@ An autoencoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's, as
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from harness.weights.tensors import all_finite, refuse_not_finite
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+logger = logging.getLogger(__name__)
 
 FLAG = "--weights decoder=PATH"
 BATCH = 8  # batch size on an accelerator; a CPU is as fast with 1
@@ -50,12 +53,14 @@ class Decoder:
     net: nn.Module
     batch: int
     shift_factor: float = 0.0
+    entry: str = ""  # of the weight file, where another one than the usual was asked for
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the decoded images, for records; the path of the weights is no part of it."""
         settings = self.config if self.kind == "vq" else kl_settings(self.config)
-        return identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings)
+        found = identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings)
+        return {**found, **({"entry": self.entry} if self.entry else {})}
 
     @property
     def image_channels(self) -> int:
@@ -132,16 +137,18 @@ def load_autoencoder(
     device: str = "cpu",
     batch: int | None = None,
     flag: str = FLAG,
+    entry: str | None = None,
 ) -> Decoder:
     """Load the autoencoder `name` from `weights` (a folder or file); None: from the path `name`, or from the hub.
 
     With `weights`, `name` still gives the name in records, beside the file's hash. batch: batch size; None: 1 on a CPU,
-    else BATCH. flag: the option that messages recommend for naming a path. Nothing in the file is executed. UserError
+    else BATCH. flag: the option that messages recommend for naming a path. entry: of the weight file, where it has several
+    that fit; None: as in `harness.weights.files.open_weights`. Nothing in the file is executed. UserError
     for what is missing, cannot be read or does not fit.
     """
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)
-    tensors, notes, digest = read_tensors(file)
+    tensors, notes, digest = read_tensors(file, entry)
     kind = "vq" if "quantize.embedding.weight" in tensors else "kl"
     if known is not None and kind != known.spec[:2]:  # names of specs begin with the kind: kl-f8, vq-f4
         words = {"vq": "a VQ autoencoder", "kl": "an autoencoder without a codebook"}
@@ -163,6 +170,8 @@ def load_autoencoder(
         # each level but the last halves the image's sides
         channels, factor_ = config.get("latent_channels", 4), 2 ** (len(config["block_out_channels"]) - 1)
         tensors = diffusers_layout(tensors, len(config["block_out_channels"]))
+    for note in notes:
+        logger.info("%s: %s", file.name, note)
     net = _build(kind, config, file)
     _fill(net, tensors, device, file)
     return Decoder(
@@ -178,7 +187,19 @@ def load_autoencoder(
         notes=notes,
         net=net,
         batch=batch or (1 if device.startswith("cpu") else BATCH),
+        entry=_entry_in_identity(file, entry),
     )
+
+
+def _entry_in_identity(file: Path, entry: str | None) -> str:
+    """The name of the entry that was asked for; "" where it is the one that is read without asking."""
+    if entry is None:
+        return ""
+    asked = open_weights(file, entry=entry).entry
+    try:
+        return "" if open_weights(file).entry == asked else asked
+    except UserError:  # several fit
+        return asked
 
 
 def decoder_compute(name: str, image_size: int = 256, direction: str = "decode") -> Compute:
@@ -251,15 +272,15 @@ def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return autoencoder.encode(x) if kind == "vq" else autoencoder.encode(x, return_dict=False)[0].mode()
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
+def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
     """(the autoencoder's tensors by name; notes on what was left out; SHA-256 of the file).
 
-    Of an LDM's checkpoint only the first stage is read. Nothing in the file is executed. UserError for values that are
+    Of an LDM's checkpoint only the first stage is read. entry: of the file, as for `load_autoencoder`. Nothing in the file is executed. UserError for values that are
     not finite.
     """
     from harness.weights.load import as_torch
 
-    weights = open_weights(path)
+    weights = open_weights(path, entry=entry)
     weights.refuse_code()
     stored, notes = own_tensors(weights.tensors, path)
     with unchanged(weights):
@@ -268,7 +289,14 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], tuple[str, ...], 
     for name, array in arrays.items():
         if not all_finite(array, stored[name].dtype):
             refuse_not_finite(path, name)
-    return {name: as_torch(array, stored[name].dtype) for name, array in arrays.items()}, notes, digest
+    return (
+        {name: as_torch(array, stored[name].dtype) for name, array in arrays.items()},
+        (
+            *weights.notes,
+            *notes,
+        ),
+        digest,
+    )
 
 
 def _vq_config(name: str, known: Known | None, tensors: Mapping[str, torch.Tensor], path: Path) -> dict[str, Any]:

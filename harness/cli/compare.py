@@ -97,6 +97,7 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "scope": verdict.scope,
         "verdict": verdict.verdict,
         "trained_again": verdict.if_trained_again,
+        "training_noise": verdict.training_noise,
         "a_seeds": [sum(map(len, checkpoints)) for checkpoints in verdict.a.seeds],
         "b_seeds": [sum(map(len, checkpoints)) for checkpoints in verdict.b.seeds],
         "a_ids": [each.id for each in verdict.a.records],

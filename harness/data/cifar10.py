@@ -17,6 +17,7 @@ from harness.data.cache_dir import downloads
 from harness.data.images import ImageSet
 from harness.errors import UserError
 from harness.images.source import readable
+from harness.io.text import check_plain
 
 ARCHIVE = "cifar-10-binary.tar.gz"
 FOLDER = "cifar-10-batches-bin"  # in the archive
@@ -75,6 +76,7 @@ def _find(folder: Path | None) -> Path:
 
 
 def _read(path: Path) -> bytes:
+    check_plain(path, "data file")
     with readable(path), path.open("rb") as file:
         return file.read(_batch_bytes() + 1)
 

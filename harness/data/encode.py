@@ -28,6 +28,7 @@ from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256
 from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
+from harness.io.text import parse_json
 from harness.runs.run import identity_difference
 
 logger = logging.getLogger(__name__)
@@ -219,7 +220,7 @@ def _read_journal(journal: Path) -> tuple[dict[str, Any] | None, dict[int, str]]
     """
     lines = journal.read_bytes().split(b"\n")[:-1]
     try:
-        entries = [json.loads(line) for line in lines]
+        entries = [parse_json(line) for line in lines]
         if entries and isinstance(entries[0], dict):
             return entries[0], dict(entries[1:])
     except (ValueError, TypeError):

@@ -15,6 +15,7 @@ import numpy as np
 
 from harness.errors import UserError
 from harness.images.source import Damaged, readable
+from harness.io.text import check_plain
 
 UNSIGNED_BYTES = 0x08  # the type of images and labels
 MAX_BYTES = 1 << 30  # a header that states more is taken for damage
@@ -27,6 +28,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     UserError where the file is cut off, is longer than its header says, has another type or rank, or (gzipped) differs
     from its checksum. Only as many bytes are unpacked as the header states, and one more to see that the file ends.
     """
+    check_plain(path, "data file")
     try:
         file = path.open("rb")
     except OSError as error:

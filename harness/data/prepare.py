@@ -36,6 +36,7 @@ from harness.images.source import printable
 from harness.io import files
 from harness.io.processors import processors
 from harness.io.progress import Bar
+from harness.io.text import parse_json
 from harness.protocols import check_name
 
 logger = logging.getLogger(__name__)
@@ -174,7 +175,7 @@ class _Job:
         valid_bytes = 0  # of the lines up to the first that is damaged
         for i, line in enumerate(lines):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
                 if i == 0:
                     self._check_first_line(entry, first_line)
                 else:

@@ -6,7 +6,6 @@ Shards are shuffled, so a row group is read at once and each of its images is wr
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from harness.data import imagenet
 from harness.data.listing import NO_LABELS, UNLABELLED, ImageIndex, IndexEntry, row_order
 from harness.errors import UserError
 from harness.images.source import printable, readable
+from harness.io.text import parse_json
 
 ROWS_PER_READ = 256
 LABELS = ("label", "labels", "fine_label", "cls", "class")  # names of the column of labels, the first that there is
@@ -188,7 +188,7 @@ def _nulls(file: Any, group: int, column: str) -> int:
 def _class_names(schema: Any, label: str | None) -> tuple[str, ...] | None:
     """The class names that the datasets library stores in the schema (its type ClassLabel); None: there are none."""
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return tuple(str(each) for each in features[label]["names"])
     except (KeyError, TypeError, ValueError):
         return None

@@ -51,6 +51,8 @@ def respacing(steps: int, spacing: str) -> int | str | None:
         return steps
     if spacing == WHOLE_STRIDE:
         return f"ddim{steps}"
+    if match := re.fullmatch(r"ddim([0-9]+)", spacing):
+        raise UserError(f"the spacing {shown(spacing)} is --sampling-steps {match[1]} --spacing {WHOLE_STRIDE} here")
     if not SECTIONS.fullmatch(spacing):
         return None
     total = sum(map(int, spacing.split(":")))

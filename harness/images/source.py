@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from harness.errors import RunError, UserError
+from harness.errors import RunError, UserError, shown
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -208,8 +208,10 @@ def from_batches(
     generator; UserError if there are fewer; None: all. labels: integers (N,), one for each image, or None. UserError if
     there are more images than labels and no count.
     """
-    if count is not None and count < 1:
-        raise UserError(f"{name}: count is {count}; give 1 or more")
+    if count is not None and (not isinstance(count, int | np.integer) or count < 1):
+        raise UserError(f"{name}: count is {shown(count)}; give 1 or more")
+    if not isinstance(batches, Iterable):
+        raise UserError(f"{name}: {shown(batches)} gives no images; give a list or a generator of arrays")
     iterator = iter(batches)
     once = iterator is batches  # iter() of an iterator is the iterator itself, of a list a new one
     first = next(iterator, None)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import RunError, UserError
+from harness.io.text import LONGEST_JSON, check_plain, parse_json
 
 PARTIAL = ".partial"  # suffix of a file or folder that is not complete yet
 LOCK_ATTEMPTS, LOCK_SECONDS = 5, 0.25  # attempts, and the seconds they take together, before a lock counts as taken
@@ -186,8 +187,9 @@ def is_locked(path: Path) -> bool:
 
 def read_json(path: Path, what: str) -> Any:
     """The JSON document at `path`. UserError where it is missing or broken; `what` names it in the message."""
+    check_plain(path, what, LONGEST_JSON)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except ValueError as error:

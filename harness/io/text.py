@@ -5,6 +5,7 @@ Each reader takes text or a Python value and returns the value; a ValueError say
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.errors import UserError
+from harness.errors import UserError, shown
 
 MAX_INT = 2**63 - 1  # of seeds and counts
 MAX_TILES = 1024  # images of one picture
+LONGEST_TOML, LONGEST_JSON = 1 << 18, 1 << 28  # bytes
+MAX_DOTS = 300  # of a line of TOML
 COUNT_EXAMPLES = "250, 400k or 7M"
 
 
@@ -44,9 +47,11 @@ def read_sampler_steps(value: Any) -> tuple[int, ...]:
     text = value if isinstance(value, str) else ""
     if match := re.fullmatch(r"\s*ddim([0-9]+)\s*", text):
         raise ValueError(f"{value!r} is --sampling-steps {match[1]} --spacing whole-stride here")
-    parts = [part.strip() for part in text.split(",")]
-    if len(set(parts)) < len(parts) and all(part.isdigit() for part in parts):
+    parts = [part.strip() for part in text.replace(":", ",").split(",")]
+    if (":" in text or len(set(parts)) < len(parts)) and all(part.isdigit() for part in parts):
         total, sections = sum(map(int, parts)), ":".join(parts)
+        if ":" in text:
+            raise ValueError(f"{value!r} is --sampling-steps {total} --spacing {sections} here")
         raise ValueError(
             f"{value!r} has a count twice, and each number gives one sample set; equal sections with these counts are "
             f"--sampling-steps {total} --spacing {sections}"
@@ -124,7 +129,20 @@ def read_path(value: Any) -> Path:
     path = Path(value)
     if not str(value):  # a variable of the shell that is not set; Path makes the working folder of it
         raise ValueError("the path is empty; name a file or a folder")
+    if "\0" in str(path):
+        raise ValueError(f"{shown(value)} is no path: it holds a zero byte")
     return path.resolve() if path.name in ("", "..") else path
+
+
+def check_plain(path: Path, what: str, longest: int | None = None) -> None:
+    """UserError where `path` is a pipe, a device or a socket: reading one may wait for ever. what: names it.
+
+    longest: bytes; a longer file is refused, because it is read as a whole. None: it is not.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(f"{what} {path} is a pipe, a device or a socket and no file")
+    if longest is not None and path.is_file() and path.stat().st_size > longest:
+        raise UserError(f"{what} {path} is larger than {longest:,} bytes; it is no {what}")
 
 
 def read_text(value: object) -> str:
@@ -187,11 +205,26 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
     what: names the kind of file in the message.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        check_plain(path, f"{what} file", LONGEST_TOML)
+        text = path.read_text(encoding="utf-8-sig")
+        # tomllib's time grows with the square of the parts of a dotted key
+        if max((line.count(".") for line in text.splitlines()), default=0) > MAX_DOTS:
+            raise ValueError(f"a line has more than {MAX_DOTS} dots")
+        return tomllib.loads(text)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{what} file {path}: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:  # syntax, encoding, a number too long, brackets too deep
         raise UserError(f"{what} file {path} is not valid TOML: {error}") from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The JSON document in a text; ValueError where it is none, also where its brackets are too deep for Python."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
 
 
 def count(text: str) -> int:

@@ -19,7 +19,7 @@ from harness.data.images import ImageSet
 from harness.data.load import load_data, open_image_set, source_images
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import join_processes
-from harness.errors import RunError, UserError
+from harness.errors import RunError, UserError, shown
 from harness.images.open import open_images
 from harness.images.source import ImageSource, from_batches
 from harness.images.spool import spooled
@@ -33,8 +33,9 @@ from harness.runs.provenance import Timing, environment, timing_of
 from harness.runs.run import Run, open_run
 from harness.runs.samples import find_sidecar
 from harness.settings import DEFAULT_PROTOCOL, EvaluateOptions, keyword_options
+from reports.neighbours import is_neighbours_picture
 from results.records import Environment, Evaluation, Record, Sampling
-from results.store import RECORDS_FILE, append, load
+from results.store import RECORDS_FILE, append, check_record_file, load
 
 if TYPE_CHECKING:
     from evaluators.guards import ImageStats
@@ -91,6 +92,7 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
         protocol_name = named if isinstance(named, str) else None
     records = options.out or (run.records if run else default_records(path))
     files.check_output(records, "--out")
+    check_record_file(records)
     if options.neighbours is not None:
         check_picture(options.neighbours)
     source = None if options.reference is None else open_reference(options.reference)
@@ -156,6 +158,8 @@ def check_picture(path: Path) -> None:
     files.check_output(path, "--neighbours")
     if path.suffix.lower() != ".png":
         raise UserError(f"--neighbours {path}: the picture is a PNG; give it the ending .png")
+    if path.exists() and not is_neighbours_picture(path):
+        raise UserError(f"--neighbours {path} exists and is no picture of neighbours; name another file")
 
 
 def log_notes(sources: Iterable[ImageSource]) -> tuple[str, ...]:
@@ -249,8 +253,9 @@ def evaluate_images(
 
     images: uint8 arrays (n, H, W, C) with values 0 to 255, any n, from a list, a generator or any other iterable; a
     generator may reuse its buffer. Images of more than 512 MiB in total are stored in a temporary file, in `cache` or
-    in the system's folder. protocol: a protocol or its name. data: the reference images, also for copies unless
-    `config.training` has others; None: the protocol's data set. name: of the row. count: number of images to take, for
+    in the system's folder. protocol: a protocol or its name. data: the reference images; None: the protocol's data set.
+    Copies are sought in `config.training`, else in the protocol's data set; where neither is at hand, a warning names the
+    metrics that are left out. name: of the row. count: number of images to take, for
     example from an endless generator; None: all. labels: integers, one for each image. cache: folder for features of the
     reference; None: they are not stored. config: None: the protocol's suite.
 
@@ -258,15 +263,21 @@ def evaluate_images(
 
     Raises `UserError` as for a file: too few images, another shape or dtype, or images that a guard refuses.
     """
-    protocol = get_protocol(protocol) if isinstance(protocol, str) else protocol
+    protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
     config = config or EvaluationConfig.of(protocol)
+    for value, kind, what in ((name, str, "name"), (data, ImageSet, "data"), (config, EvaluationConfig, "config")):
+        if not isinstance(value, kind | None):
+            raise UserError(f"{what} = {shown(value)} is no {kind.__name__}")
+    source = from_batches(images, count, labels=labels, name=name)
+    _check_fit(source, protocol, config)
     if data is None:
         whole = load_data(protocol, None)
         data = whole.reference(protocol.reference_images)
         if data is not whole and config.training is None:
             config = dataclasses.replace(config, training=whole)
-    source = from_batches(images, count, labels=labels, name=name)
-    _check_fit(source, protocol, config)
+    elif config.training is None and needs_training_images(config):
+        told = with_training_images(config, data, None, [lambda: load_data(protocol, None)])
+        config = config if told.training is not None and told.training.sha256 == data.sha256 else told
     with spooled(source, cache) as spool:
         about = RecordFields(system=name, sampling=Sampling(samples_sha256=spool.sha256()))
         return _measure(spool, about, protocol, data, cache=cache, config=config)

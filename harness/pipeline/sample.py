@@ -12,7 +12,7 @@ from harness.diffusion.samplers import is_adaptive
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.interfaces import Sampler
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.io import files
 from harness.pipeline.devices import device_of
 from harness.pipeline.pictures import (
@@ -129,7 +129,11 @@ def _sample_system(options: SampleOptions) -> list[Path]:
         )
     framework = options.framework or "torch"
     group = join_processes(framework)
-    weights = {part: Path(path) for part, path in options.weights.items()}  # --weights gives the paths as text
+    weights = {}
+    for part, path in options.weights.items():  # --weights gives the paths as text
+        if not isinstance(path, str | Path):
+            raise UserError(f"--weights {part}={shown(path)} is no path")
+        weights[part] = Path(path)
     loaded = load_parts(system, weights, options.entry)
     # All are made before the first is sampled, so that invalid steps are refused at once.
     loaded_systems = (

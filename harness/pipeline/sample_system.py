@@ -170,7 +170,9 @@ def _decoder_of(loaded: LoadedSystem, framework: str, device_info: DeviceInfo) -
     if not system.decoder:
         return None
     logger.info("reading decoder %s ...", system.decoder)
-    decoder = load_autoencoder(system.decoder, weights=loaded.decoder, device=_decoder_device(framework, device_info))
+    decoder = load_autoencoder(
+        system.decoder, weights=loaded.decoder, device=_decoder_device(framework, device_info), entry=loaded.decoder_entry
+    )  # fmt: skip
     _check_decoder(system, decoder)
     return decoder
 
@@ -208,6 +210,7 @@ def _identity(
 def _description(loaded: LoadedSystem, device_info: DeviceInfo) -> dict[str, Any]:
     """Items of a sidecar that decide nothing."""
     entries = {name: source.entry for name, source in loaded.sources.items() if source.entry}
+    entries |= {"decoder": loaded.decoder_entry} if loaded.decoder_entry else {}
     return {
         "weights": {name: str(source.path) for name, source in loaded.sources.items()},
         **({"entries": entries} if entries else {}),

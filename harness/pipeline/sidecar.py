@@ -220,6 +220,7 @@ def fields_of_system(
             steps=None if generator or evaluations is None else base.steps,
             evaluations=evaluations,
             eta=None if generator or not has_eta(base.sampler) else base.eta,
+            spacing=base.spacing or None,
             guidance_scale=scale,
             guidance_interval=system.guidance.interval or None,
             guidance_rule=system.guidance.rule or None,

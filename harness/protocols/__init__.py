@@ -236,7 +236,8 @@ def load(path: Path) -> Protocol:
 
 def get_protocol(name: str) -> Protocol:
     """The protocol of that name, or the one in the file if the name ends in .toml."""
-    return load(Path(name)) if name.endswith(".toml") else protocols.get(name)
+    in_file = isinstance(name, str) and name.endswith(".toml")
+    return load(Path(name)) if in_file else protocols.get(name)
 
 
 def override(item: Recipe | Sampling, settings: dict[str, Any]) -> Any:

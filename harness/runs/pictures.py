@@ -8,12 +8,12 @@ A sidecar states how its picture was made. It is written last: a picture is comp
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from harness.errors import UserError
 from harness.io import files
+from harness.io.text import parse_json
 
 SCHEMA = 1
 KIND = "pictures"  # item "kind" of a sidecar, which no sample set has
@@ -55,7 +55,7 @@ def is_picture(path: Path) -> bool:
     if not path.name.startswith(PREFIX) or not side.is_file():
         return False
     try:
-        found = json.loads(side.read_text(encoding="utf-8"))
+        found = parse_json(side.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError):
         return False
     return isinstance(found, dict) and found.get("kind") == KIND

@@ -22,6 +22,7 @@ from harness.errors import UserError
 from harness.images.npz import read_npz
 from harness.images.source import label_outside
 from harness.io.files import replacing, sha256_file
+from harness.io.text import LONGEST_JSON, check_plain, parse_json
 
 logger = logging.getLogger(__name__)
 _not_ours: set[Path] = set()  # documents beside samples that a warning has named
@@ -96,13 +97,15 @@ def find_sidecar(path: Path) -> dict[str, Any] | None:
     side = sidecar_path(path) if path.suffix.lower() == ".npz" and path.is_file() else None
     if side is None or not side.is_file():
         return None
+    if side.stat().st_size > LONGEST_JSON:  # whatever it is
+        return None
     try:
         data = side.read_bytes()
     except OSError as error:
         raise UserError(f"{side} cannot be read as JSON: {error.strerror or error}") from error
     try:
-        document = json.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
+        document = parse_json(data.decode("utf-8-sig"))
+    except ValueError:
         document = None
         if b'"sha256": "' in data and b'"images": ' in data:
             return read_sidecar(path)  # which says what is wrong
@@ -117,8 +120,9 @@ def find_sidecar(path: Path) -> dict[str, Any] | None:
 def read_sidecar(path: Path) -> dict[str, Any]:
     """The sidecar of the npz at `path`, as a dictionary. Raises UserError if it is missing or not a JSON object."""
     side = sidecar_path(path)
+    check_plain(side, "sidecar", LONGEST_JSON)
     try:
-        sidecar = json.loads(side.read_text(encoding="utf-8-sig"))
+        sidecar = parse_json(side.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{side} is missing: it says how {Path(path).name} was made") from None
     except (OSError, ValueError) as error:

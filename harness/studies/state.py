@@ -7,7 +7,6 @@ them runs; `failures/RUN.json` is the reason of the last failure.
 from __future__ import annotations
 
 import functools
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -18,6 +17,7 @@ from typing import Any
 from harness.autoencoders.files import read_identity
 from harness.errors import UserError
 from harness.io import files
+from harness.io.text import parse_json
 from harness.pipeline.evaluate import existing_records
 from harness.pipeline.sidecar import read_fields
 from harness.planning.request import Request
@@ -156,7 +156,7 @@ def _steps_done(run: Run | None, limit: int) -> int:
         with run.log.open("rb") as file:
             file.seek(max(0, run.log.stat().st_size - TAIL_BYTES))
             complete_lines = file.read().rpartition(b"\n")[0]  # without a last line that is not complete
-        done = max(done, int(json.loads(complete_lines.rpartition(b"\n")[2])["step"]))
+        done = max(done, int(parse_json(complete_lines.rpartition(b"\n")[2])["step"]))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # no complete line yet
     return min(done, limit)

@@ -72,6 +72,7 @@ class LoadedSystem:
     sources: dict[str, Source]
     decoder: Path | None  # the decoder's weights; None: found by the decoder's name, or there is no decoder
     notes: tuple[str, ...] = ()  # one line for each item that a run changed in the system
+    decoder_entry: str | None = None  # of the decoder's weights; None: the usual one
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -113,8 +114,8 @@ def load_parts(
             f"system {system.name!r} needs weights of {', '.join(missing)}: give --weights {missing[0]}=FILE "
             f"(a checkpoint of {part.backbone}, or the folder of a run)"
         )
-    if unknown := [name for name in entries if name not in system.parts]:
-        raise UserError(f"--entry {unknown[0]}: system {system.name!r} has the parts {', '.join(system.parts)}")
+    if unknown := [name for name in entries if name not in names]:
+        raise UserError(f"--entry {unknown[0]}: system {system.name!r} has the parts {', '.join(names)}")
     sources: dict[str, Source] = {}
 
     def resolve(name: str, part: Part) -> Part:
@@ -140,7 +141,9 @@ def load_parts(
     )
     changed.check()
     notes = tuple(note for name, part in changed.parts.items() for note in _notes(name, system.parts[name], part))
-    return LoadedSystem(system=changed, sources=sources, decoder=weights.get(DECODER), notes=notes)
+    return LoadedSystem(
+        system=changed, sources=sources, decoder=weights.get(DECODER), notes=notes, decoder_entry=entries.get(DECODER)
+    )
 
 
 def _notes(name: str, before: Network, after: Network) -> Iterator[str]:

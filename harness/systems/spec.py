@@ -71,6 +71,7 @@ class Component:
     sampler: str = "ddpm"
     steps: int = 250
     eta: float = 0.0
+    spacing: str = ""  # of the times, as --spacing; "": the schedule's
     clip_denoised: bool = False
     guidance_scale: float = 1.0  # classifier-free; 1 = none
     guidance_interval: str = ""  # of noise levels at which guidance is applied, as "0.1-0.8"; "": at all
@@ -132,6 +133,7 @@ class Component:
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
             objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
+            spacing=self.spacing,
         )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
@@ -356,7 +358,7 @@ class System:
         if self.weak is None:
             del data["weak"]
         for part in (data["base"], data.get("weak"), data["classifier"], *data["upsamplers"]):
-            for name, default in (("guidance_interval", ""), ("guidance_rule", ""), ("noise_scale", 1.0)):
+            for name, default in _ADDED_LATER:
                 if part is not None and part.get(name) == default:
                     del part[name]
         return data
@@ -480,12 +482,15 @@ class System:
                 )
 
 
+_ADDED_LATER = (("guidance_interval", ""), ("guidance_rule", ""), ("noise_scale", 1.0), ("spacing", ""))
+
+
 def _check_generator(where: str, part: Component) -> None:
     """Raise `UserError` for a truncation out of range, and for settings that only a diffusion has."""
     if not 0 < part.truncation <= 1:
         raise UserError(f"{where}: truncation {part.truncation:g} must lie above 0 and be at most 1")
     diffusion = ("eta", "guidance_scale", "guidance_interval", "guidance_rule", "conditioning_noise", "clip_denoised")
-    for name in (*diffusion, "noise_scale"):
+    for name in (*diffusion, "noise_scale", "spacing"):
         default = Component.__dataclass_fields__[name].default
         if getattr(part, name) != default:
             raise UserError(f"{where}: {name} is a diffusion's, and {part.backbone!r} is a generator; leave it out")

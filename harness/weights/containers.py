@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from harness.errors import UserError
+from harness.io.text import check_plain
 from harness.weights import pickles
 from harness.weights.objects import (
     CONSTRUCTORS,
@@ -60,6 +61,7 @@ class FileContents:
 
 def open_file(path: Path) -> FileContents:
     """The contents of a weight file; UserError for other files, damaged ones, and formats that would run code."""
+    check_plain(path, "weights")
     try:
         with path.open("rb") as file:
             head = file.read(512)

@@ -166,6 +166,7 @@ def _holders(value: Mapping[Any, Any]) -> tuple[list[_Holder], str]:
         if len(keys) > MAX_DEPTH or visited[id(item)] > MAX_NAMED:
             continue
         is_new = visited[id(item)] == 1
+        item = _paired(item)
         pairs = list(item.items()) if isinstance(item, dict) else [(str(n), each) for n, each in enumerate(item)]
         tensors = [(escaped_key(key), each) for key, each in pairs if isinstance(each, Stored)]
         if tensors:
@@ -180,6 +181,17 @@ def _holders(value: Mapping[Any, Any]) -> tuple[list[_Holder], str]:
             elif isinstance(each, Call) and is_average(below) and not is_optimizer(below):
                 unreadable = unreadable or ".".join(below)
     return holders, unreadable
+
+
+def _paired(item: Any) -> Any:
+    """The dictionary of a list of (name, tensor), as of state_dict().items(); anything else as it is."""
+    if not isinstance(item, list | tuple) or not item:
+        return item
+    if not all(isinstance(each, list | tuple) and len(each) == 2 for each in item):
+        return item
+    if not all(isinstance(name, str) and isinstance(each, Stored) for name, each in item):
+        return item
+    return dict(item) if len({name for name, _ in item}) == len(item) else item
 
 
 def _without_wrappers(keys: tuple[str, ...], tensors: list[tuple[str, Stored]]) -> _Holder:

@@ -160,6 +160,9 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
         implied = [(spec, family.facts(spec, ours)) for spec in members]
     except Mismatch as error:
         raise UserError(f"{weights.path} ({layout.title}): {error}") from error
+    except (LookupError, ValueError, TypeError, ArithmeticError) as error:  # a map takes the axes that a network has
+        text = "a tensor has not the axes that this name has in the network"
+        raise UserError(f"{weights.path} ({layout.title}): {text}") from error
     ranked = sorted(implied, key=lambda each: _disagreements(*each))
     nearest = [each for each in ranked if _disagreements(*each) == _disagreements(*ranked[0])]
     best: Match | None = None

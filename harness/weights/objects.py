@@ -227,7 +227,7 @@ def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big
             if id(item) not in resolved:
                 resolved[id(item)] = item, _stored(item, path, storages, big_endian)
             return resolved[id(item)][1]
-        if isinstance(item, tuple) and any(isinstance(each, _PendingTensor) for each in item):
+        if isinstance(item, tuple) and any(map(_is_pending, item)):
             return [resolve(each) for each in item]  # such as the averages of all parameters, in their order
         if isinstance(item, (dict, list)) and id(item) not in visited:
             visited[id(item)] = item
@@ -239,6 +239,12 @@ def resolve_tensors(value: Any, path: Path, storages: Mapping[str, Storage], big
         for key in list(holder) if isinstance(holder, dict) else range(len(holder)):
             holder[key] = resolve(holder[key])
     return resolve(value)
+
+
+def _is_pending(item: Any) -> bool:
+    """Whether an item of a tuple is a pending tensor, or a pair with one, such as (name, tensor)."""
+    pair = item if isinstance(item, tuple) else (item,)
+    return any(isinstance(each, _PendingTensor) for each in pair)
 
 
 def _stored(tensor: _PendingTensor, path: Path, storages: Mapping[str, Storage], big_endian: bool) -> Stored:

@@ -37,8 +37,8 @@ def weights():
     return raw, {name: each if name == "pos_embed" else each * 0.8 + 0.02 for name, each in raw.items()}
 
 
-def sample(folder, path, *words, scale=1.0, framework="torch"):
-    (folder / "tiny.toml").write_text(SYSTEM.format(scale=scale))
+def sample(folder, path, *words, scale=1.0, framework="torch", text=SYSTEM):
+    (folder / "tiny.toml").write_text(text.format(scale=scale))
     words = [
         "sample", "--system", folder / "tiny.toml", "--weights", f"base={path}", "--samples", 20, "--out", folder,
         "--framework", framework, "--device", "cpu", *words,
@@ -91,6 +91,19 @@ def test_an_entry_belongs_to_a_part_with_a_file(weights, tmp_path):
     assert "has no entry 'x'" in sample(tmp_path, tmp_path / "raw.pt", "--entry", "base=x")[1]
     words = ["sample", "--run", str(tmp_path), "--entry", "base=x"]
     assert "--entry belongs to --system" in str(CliRunner().invoke(group, words).exception)
+
+
+def test_a_system_states_the_spacing_of_its_times(weights, tmp_path):
+    torch.save(weights[0], tmp_path / "raw.pt")
+    usual = sample(tmp_path, tmp_path / "raw.pt")
+    assert "spacing" not in read_sidecar(usual[0])["identity"]["system"]["base"]  # older identities stay
+    text = SYSTEM.replace("steps = 2", 'steps = 2\nspacing = "trailing"').replace('"ddim"', '"dpm++-2m"')
+    trailing = sample(tmp_path, tmp_path / "raw.pt", text=text)
+    assert trailing[0] is not None, trailing[1]
+    facts = read_sidecar(trailing[0])
+    assert facts["identity"]["system"]["base"]["spacing"] == facts["record"]["sampling"]["spacing"] == "trailing"
+    assert not np.array_equal(usual[1], trailing[1])
+    assert "did you mean trailing?" in sample(tmp_path, tmp_path / "raw.pt", text=text.replace("ling", "lin"))[1]
 
 
 def test_without_a_null_row_there_are_samples_but_no_guidance(weights, tmp_path):

@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+from mutations import mutated
 from PIL import Image
 
 from harness.errors import RunError, UserError
@@ -61,38 +62,6 @@ def seeds(kind):
     else:
         return encoded(Image.fromarray(IMAGES[0]), "JPEG"), None
     return out.getvalue(), IMAGES
-
-
-def mutated(data, random):
-    """One to four small accidents: bits, bytes, telling numbers, cuts, holes, doubled and swapped spans, zeros."""
-    data = bytearray(data)
-    for _ in range(random.choice((1, 1, 1, 2, 4))):
-        if not data:
-            break
-        at, span = int(random.randint(len(data))), int(random.choice((1, 2, 4, 16, 64, 512)))
-        kind = random.randint(9)
-        if kind == 0:
-            data[at] ^= 1 << int(random.randint(8))
-        elif kind == 1:
-            data[at] = int(random.randint(256))
-        elif kind == 2:  # sizes, counts and offsets at their limits
-            number = (0, 1, 0x7F, 0xFF, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF, 1 << 62)[random.randint(9)]
-            width = int(random.choice((1, 2, 4, 8)))
-            data[at : at + width] = (number % (1 << 8 * width)).to_bytes(width, ("little", "big")[random.randint(2)])
-        elif kind == 3:
-            del data[at:]
-        elif kind == 4:
-            del data[at : at + span]
-        elif kind == 5:
-            data[at:at] = data[at : at + span]
-        elif kind == 6:
-            other = int(random.randint(len(data)))
-            data[at : at + span] = data[other : other + span]
-        elif kind == 7:
-            data[at : at + span] = bytes(len(data[at : at + span]))
-        else:
-            data[at:at] = random.bytes(span)
-    return bytes(data)
 
 
 def attempt(path, truth, data):

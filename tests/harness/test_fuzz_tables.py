@@ -1,10 +1,10 @@
 """The TOML of systems and protocols with every value replaced by others: refused in one line, or right; no traceback."""
 
-import copy
 import datetime
 import json
 
 import pytest
+from mutations import changed, places
 
 from harness import registry
 from harness.errors import UserError
@@ -47,25 +47,6 @@ def cascade():
 
 def of_one(backbone):
     return {"name": "mine", "protocol": "digits", "base": stage(backbone, input_size=8, **CLASSES)}
-
-
-def places(table, above=()):
-    items = table.items() if isinstance(table, dict) else enumerate(table) if isinstance(table, list) else ()
-    for key, value in items:
-        yield (*above, key)
-        yield from places(value, (*above, key))
-
-
-def changed(table, place, value):
-    table = copy.deepcopy(table)
-    inner = table
-    for key in place[:-1]:
-        inner = inner[key]
-    if value is None:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = value
-    return table
 
 
 def attack(table, take):

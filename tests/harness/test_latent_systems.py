@@ -4,12 +4,15 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from small_vae import save_vae
 
 from backbones.autoencoders.vq_torch import VQAutoencoder
 from harness import registry
+from harness.autoencoders.files import read_identity
 from harness.autoencoders.load import load_autoencoder as load_decoder
 from harness.cli import group
 from harness.engines.torch.sampling import to_uint8
+from harness.errors import UserError
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
 from harness.runs.samples import read_samples, read_sidecar
@@ -137,6 +140,50 @@ def test_a_dit_decodes_through_an_autoencoder_of_diffusers(tmp_path):
     samples = sample("--system", system, "--weights", f"base={tmp_path / 'dit.pt'}", "--out", tmp_path / "out")
     images, labels = reference(net.eval(), lambda z: vae.decode(z / 0.5).sample, 8, 4)
     assert_same(samples, images, labels)
+
+
+def test_a_decoder_in_several_parts(tmp_path):
+    """As diffusers saves it with max_shard_size: an index and its parts."""
+    from diffusers import AutoencoderKL
+
+    whole = save_vae(tmp_path / "whole", width=8)
+    AutoencoderKL.from_pretrained(whole).save_pretrained(tmp_path / "parts", max_shard_size="20KB")
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 1
+    one, several = (load_decoder(str(tmp_path / name)) for name in ("whole", "parts"))
+    latents = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(one.decode(latents), several.decode(latents))
+    assert one.identity["config_sha256"] == several.identity["config_sha256"]
+    for name, decoder in (("whole", one), ("parts", several)):
+        assert read_identity(str(tmp_path / name), "--vae DIR") == decoder.identity
+    next((tmp_path / "parts").glob("*1-of*.safetensors")).unlink()
+    with pytest.raises(UserError, match="which is not there; fetch all parts"):
+        load_decoder(str(tmp_path / "parts"))
+
+
+def test_the_entry_of_a_decoder_is_chosen(tmp_path, caplog):
+    caplog.set_level("INFO", "harness")
+    torch.manual_seed(1)
+    raw = VQAutoencoder(**VQ).eval().state_dict()
+    average = {name: each * 0.9 for name, each in raw.items()}
+    torch.save({"model": raw, "ema": average}, tmp_path / "both.pt")
+    torch.save({"model_ema1": raw, "model_ema2": average}, tmp_path / "two.pt")
+    usual, same, chosen = (load_decoder(str(tmp_path / "both.pt"), entry=entry) for entry in (None, "ema", "model"))
+    assert "ema" in caplog.text  # which entry was read
+    assert usual.identity == same.identity and "entry" not in usual.identity  # identities of before stay
+    assert chosen.identity == {**usual.identity, "entry": "model"}
+    latents = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(usual.decode(latents), chosen.decode(latents))
+    with pytest.raises(UserError, match="choose one with --entry"):
+        load_decoder(str(tmp_path / "two.pt"))
+    net = network("ldm-xs", 8, 3)
+    torch.save(net.state_dict(), tmp_path / "ldm.pt")
+    system = files(tmp_path, "ldm-xs", 8, 3, tmp_path / "two.pt")
+    words = ("--system", system, "--weights", f"base={tmp_path / 'ldm.pt'}", "--entry", "decoder=model_ema2")
+    samples = sample(*words, "--out", tmp_path / "out")
+    facts = read_sidecar(samples.path)
+    assert facts["identity"]["decoder"]["entry"] == facts["entries"]["decoder"] == "model_ema2"
+    decode = load_decoder(str(tmp_path / "two.pt"), entry="model_ema2").decode
+    assert_same(samples, *reference(net.eval(), decode, 8, 3))
 
 
 @pytest.mark.parametrize(("side", "channels"), [(16, 3), (8, 4)])

@@ -20,6 +20,7 @@ from harness.images.spool import IN_MEMORY_BYTES, spooled
 from harness.pipeline.evaluate import evaluate_images, evaluate_samples_file
 from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.protocols import get_protocol
+from harness.runs.samples import write_samples
 
 
 def generated(images, step):
@@ -91,6 +92,22 @@ def test_intervals_know_balanced_labels_and_copies(samples, monkeypatch):
     assert seen[0]["labels"] is None and seen[0]["copies"] is None and twice
     np.testing.assert_array_equal(seen[1]["labels"], labels)
     assert len(np.unique(seen[2]["copies"])) == 100
+
+
+@pytest.mark.parametrize(("policy", "stratified"), [("balanced", True), (None, True), ("random", False)])
+def test_random_labels_are_not_taken_for_balanced_ones(samples, monkeypatch, tmp_path, policy, stratified):
+    """Labels that were drawn at random may be balanced by chance; blocks with as many of each would be too narrow."""
+    seen, original = [], suites.evaluate_samples
+    monkeypatch.setattr(
+        suites, "evaluate_samples", lambda *given, **options: seen.append(options) or original(*given, **options)
+    )
+    labels = np.arange(200) % 10
+    sampling = {} if policy is None else {"label_policy": policy}
+    sidecar = {"schema": 2, "record": {"system": "mine", "sampling": sampling}}
+    write_samples(tmp_path / "s.npz", [samples], labels, sidecar)
+    judge = EvaluationConfig(suite=tiny_suite.made("tiny"))
+    evaluate_samples_file(tmp_path / "s.npz", get_protocol("digits"), load(), cache=tmp_path, config=judge)
+    assert (seen[0]["labels"] is not None) == stratified
 
 
 @pytest.mark.parametrize(

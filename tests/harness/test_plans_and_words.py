@@ -144,11 +144,14 @@ def test_by_the_command_line_too():
     for text, advice in (
         ("ddim25", "--sampling-steps 25 --spacing whole-stride"),
         ("10,10,20", "--sampling-steps 40 --spacing 10:10:20"),
+        ("10:10:20", "--sampling-steps 40 --spacing 10:10:20"),
+        ("25:15", "--sampling-steps 40 --spacing 25:15"),
     ):
         done = harness(*words, text)
         assert done.exit_code == 2 and advice in " ".join(done.output.split())
     for steps, spacing, message in (
         (30, "10:10:20", "has 40 timesteps, and the sampler takes 30"),
+        (25, "ddim25", "--sampling-steps 25 --spacing whole-stride"),
         (25, "0:25", "not understood"),
         (600, "whole-stride", "no whole stride takes 600"),
         (25, "tailing", "did you mean trailing"),

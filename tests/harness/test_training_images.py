@@ -11,6 +11,7 @@ import harness
 from evaluators.neighbours_picture import write_picture
 from harness import registry
 from harness.data.digits import load
+from harness.data.images import ImageSet
 from harness.errors import UserError
 from harness.pipeline.training_images import training_sha256
 from harness.runs.samples import write_samples
@@ -100,6 +101,25 @@ def test_other_images_are_not_taken_for_the_training_images(evaluate, caplog):
     with caplog.at_level(logging.WARNING):  # as reference
         assert set(evaluate(DIGITS.sha256, reference=None, data=wrong)) == {"fd"}
     assert "left out" in caplog.text
+
+
+def test_images_of_a_program_are_not_sought_in_the_reference(evaluate, caplog):
+    """A reference that is given is held out: copies are those of the protocol's data set, or are left out and named."""
+    config = harness.EvaluationConfig(suite=registry.suites.get("tiny-copies"))
+    held_out = ImageSet(name="held-out", images=DIGITS.images[900:], labels=DIGITS.labels[900:])
+
+    def evaluated(protocol, data):
+        records = harness.evaluate_images([DIGITS.images[:N]], protocol, data, name="mine", config=config)
+        return {record.metric: record for record in records}
+
+    found = evaluated("digits", held_out)
+    assert found["copies"].value == 1 and found["copies"].evaluation.training_sha256 == DIGITS.sha256
+    same, own = evaluated("digits", DIGITS), evaluated("digits", None)
+    assert same["copies"].value == own["copies"].value == 1 and same["copies"].id == own["copies"].id
+    caplog.clear()
+    elsewhere = harness.get_protocol(str(evaluate.folder / "few.toml"))  # whose data set is a file that nobody names
+    assert set(evaluated(elsewhere, held_out)) == {"fd"}
+    assert "copies, authenticity: left out" in caplog.text
 
 
 def test_the_picture_shows_training_images(evaluate, monkeypatch):

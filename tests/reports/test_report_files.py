@@ -158,3 +158,11 @@ def test_reports_load_no_framework_and_nothing_heavy_before_drawing(tmp_path):
     )
     assert json.loads(done.stdout) == [[], ["seaborn"]]
     assert done.stderr == ""
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr("reports.report.figures", lambda *_: pytest.fail("drawn"))
+    (tmp_path / "file").write_bytes(b"")
+    for out in (tmp_path / "file" / "report", Path("/proc/report")):
+        with pytest.raises(RunError, match="could not be written"):
+            write_report([], out)

@@ -7,9 +7,10 @@ from importlib import resources
 
 import pytest
 
-from reports.charts import model_styles, to_csv
+from reports.charts import Mark, model_styles, to_csv
 from reports.drawing import draw
 from reports.figures import figures, published_records
+from reports.figures_gflops import missing_law_note
 from reports.points import usual_sampling
 from results.records import Sampling, Training
 
@@ -83,6 +84,16 @@ def test_published_values_are_those_of_the_paper(name):
         table, _, place = row["source"].partition(": ")
         assert float(row["value"]) == float(printed(table, columns[row["metric"]])[place])
     assert bool(others) == (name in ("figure-2", "figure-12"))
+
+
+def test_points_without_a_logarithm_leave_a_note_where_they_leave_no_law():
+    def marked(*values):
+        return [(None, Mark(x=10.0 * (i + 1), y=value)) for i, value in enumerate(values)]
+
+    assert missing_law_note(marked(4, 3, 0, -1, 2)) == [
+        "no power law: 2 of 5 points are at or below 0 and have no logarithm"
+    ]
+    assert missing_law_note(marked(4, 3)) == missing_law_note(marked(4, 0)) == []  # too few whatever their values
 
 
 def test_correlation_and_law_of_the_paper():

@@ -8,16 +8,20 @@ the best in 2 and 5 % of tables (65 and 97 %), over 2, 3, 5 training seeds of 12
 """
 
 import dataclasses
+import json
 import math
 import random
 
 import pytest
+from click.testing import CliRunner
 from scipy.stats import studentized_range as scipy_range
 
+from harness.cli import group
 from results.compare import RETRAINING, RETRAINING_CV, compare, student_t
 from results.matched import matchups
 from results.records import Evaluation, Record, Sampling, Training
 from results.simultaneous import studentized_range, widening
+from results.store import append
 
 SAMPLING_SD = 0.1
 
@@ -105,6 +109,28 @@ def test_a_noise_of_training_that_nobody_measured_is_unknown(metric, dataset):
         return compare(*sides)[0].if_trained_again
 
     assert again(10.0, 90.0) == "unknown" and again(10.0, 10.1) == "tie"  # more noise leaves a tie a tie
+
+
+def test_a_verdict_says_where_the_noise_of_training_is_from(tmp_path):
+    def source(a, b):
+        return compare(a, b)[0].training_noise
+
+    one, other, seeds = (
+        [record(10.0)],
+        [record(11.0, system="b")],
+        [record(10 + i, seed=i, system="b") for i in range(3)],
+    )
+    assert source(one, other) == "published"
+    assert (
+        source(one, seeds) == source(seeds, one) == source([record(9 + i, seed=i) for i in range(2)], seeds) == "seeds"
+    )
+    assert source([record(10.0, metric="is")], [record(11.0, system="b", metric="is")]) is None
+    assert source([record(10.0, half=None)], other) is None
+    for name, side in (("a", one), ("b", seeds)):
+        append(tmp_path / f"{name}.jsonl", side)
+    words = ["compare", str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl"), "--json"]
+    rows = json.loads(CliRunner().invoke(group, words).stdout)["rows"]
+    assert [row["training_noise"] for row in rows] == ["seeds"]
 
 
 @pytest.mark.parametrize(("seeds", "draws"), [(2, (1, 1)), (4, (1, 3)), (4, (3, 1))])

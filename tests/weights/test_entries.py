@@ -101,6 +101,9 @@ LAYOUTS = {  # what public code saves -> (raw, average) as a file, and the entry
         },
         "ema.shadow_params",
     ),
+    # list(ema.named_parameters())
+    "pairs": (lambda r, a: {"model": r, "ema": list(trained(a).items())}, "ema"),
+    "tuple of pairs": (lambda r, a: {"model": r, "ema": {"params": tuple(a.items())}}, "ema.params"),
     "tuple of params": (lambda r, a: {"model": r, "ema": tuple(a.values())}, "ema"),
     # Lightning: LDM's LitEma, and modules that hold both networks
     "LitEma": (
