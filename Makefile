@@ -1,16 +1,21 @@
 # Two commands for a fresh machine with Python and pip; both make their own virtual environment first.
 #   make demo    the main job on real images: train, sample, evaluate, report (minutes on two cores)
 #   make test    the tests
+# and one that needs no training: make study-report, the figures and tables of the project's own study
 # And the documentation: make docs, into docs/_build/html.
 
 VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow lint docs links
+.PHONY: demo test slow lint docs links study-report
 
 demo: $(VENV)/core
 	$(VENV)/bin/harness run --backbone dit-xs-2
+
+study-report: $(VENV)/core # the project's own study, from its kept measurements
+	$(VENV)/bin/python studies/findings.py --check
+	$(VENV)/bin/harness report --protocol fashion-mnist-16 --out runs/study-report
 
 test: $(VENV)/dev lint
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --allowed-skips tests/allowed-skips.txt

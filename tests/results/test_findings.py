@@ -1,0 +1,53 @@
+"""The page of the project's own study: its tables are what the kept measurements say, without torch."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from reports.report import packaged_runs
+from results.store import load
+
+ROOT = Path(__file__).parents[2]
+CODE = "import sys, runpy; sys.modules.update(torch=None, jax=None); sys.argv = ['findings', '--check']; runpy.run_path(sys.path.pop(0), run_name='__main__')"
+
+
+def checked(root):
+    script = str(root / "studies" / "findings.py")
+    code = f"import sys; sys.path.insert(0, {script!r})\n{CODE}"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_the_tables_of_the_page_are_computed_from_what_is_kept():
+    done = checked(ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_table_that_differs_is_found(tmp_path):
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "evaluators").symlink_to(ROOT / "evaluators")
+    (tmp_path / "studies" / "findings.py").write_text((ROOT / "studies" / "findings.py").read_text())
+    page = (ROOT / "docs" / "findings.md").read_text()
+    (tmp_path / "docs" / "findings.md").write_text(page.replace("| 1,280 |", "| 1,281 |"))
+    done = checked(tmp_path)
+    assert done.returncode == 1 and "differs from the measurements" in done.stderr
+
+
+def test_what_is_kept_is_whole_and_small_and_names_no_machine():
+    with packaged_runs() as files:
+        loaded = load(files)
+        if not files:
+            pytest.fail("nothing is kept in results/measured")
+        assert not loaded.problems and not loaded.conflicts and len(loaded.records) > 100
+        folders = [path.parent for path in files]
+    kept = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in kept) < 10_000_000
+    for path in kept:
+        if path.suffix in (".json", ".jsonl"):
+            assert not re.search(r'"/[^"]*/[^"]*"', path.read_text()), path
+    # each protocol's reference, suites and training data are of one kind
+    keys = {(record.dataset, record.resolution, record.n) for record in loaded.records}
+    assert keys == {("fashion-mnist", 16, 2000)}
