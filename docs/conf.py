@@ -12,9 +12,8 @@ release = version = __version__
 html_title = f"backbone-harness {version}"
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx_click"]
-myst_enable_extensions = ["attrs_block", "colon_fence", "deflist", "dollarmath"]
+myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 3
-suppress_warnings = ["myst.header"]  # the changelog, included, begins at the second level
 
 # Types in signatures are shown and not linked: most are of numpy, torch and the standard library.
 nitpicky = True
