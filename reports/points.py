@@ -29,7 +29,7 @@ MAX_GROUPS = 6  # of comparable records in a figure
 _LABEL_METADATA = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
     *("time distribution", "loss weight", "noise scale", "spacing", "EMA width"),
-    *("training data", "training latents", "earlier precision"),
+    *("training data", "training latents", "plug-in code", "earlier precision"),
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )

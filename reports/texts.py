@@ -15,7 +15,7 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("time distribution", "loss weight", "noise scale", "EMA widths", "EMA snapshots"),
-    *("training data", "training latents"),
+    *("training data", "training latents", "plug-in code"),
     *(
         "training precision",
         "earlier precision",
@@ -198,6 +198,7 @@ def row_metadata(record: Record) -> dict[str, str]:
             "EMA snapshots": training.ema_snapshots,
             "training data": _short(training.dataset_sha256),
             "training latents": _short(training.latents_sha256),
+            "plug-in code": _short(training.plugins_sha256),
             "earlier precision": training.earlier_precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
         }

@@ -256,6 +256,8 @@ def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
         "evaluations_mean", "evaluations_max",
         "decoder_gflops", "images", "micro_batch", "batch", "forked_at", "parent_sha256",
     }  # fmt: skip
+    if a.backbone != b.backbone:
+        skipped.add("plugins_sha256")  # the code of two networks
     differences: dict[str, tuple[object, object]] = {}
     for name in ("protocol", "protocol_version"):
         values = (getattr(a, name), getattr(b, name))
@@ -336,10 +338,12 @@ def _group(records: list[Record], side: str) -> Group:
 
 
 def _same_experiment(a: Record, b: Record) -> bool:
-    """Whether two records have one `experiment_key`. Training data count as equal where one record does not state them,
-    as older records do not."""
+    """Whether two records have one `experiment_key`. Training data and code of plug-ins count as equal where one
+    record does not state them, as older records do not."""
     if a.training and b.training and None in (a.training.dataset_sha256, b.training.dataset_sha256):
         a, b = (_without(each, "dataset_sha256", "latents_sha256") for each in (a, b))
+    if a.training and b.training and None in (a.training.plugins_sha256, b.training.plugins_sha256):
+        a, b = (_without(each, "plugins_sha256") for each in (a, b))
     return experiment_key(a) == experiment_key(b)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import json_option
+from harness.cli.flags_from_settings import json_option, plugin_option
 from harness.compute import CONVENTION
 from harness.errors import UserError
 from harness.planning.flops_table import (
@@ -33,6 +33,7 @@ from harness.systems.spec import CLASSIFIER_PASSES, System
 @click.option("--breakdown", is_flag=True, help="Also print the flops of each part of the network.")
 @click.option("--check", type=click.Choice(["fvcore"]), help="Also count with another package.")
 @click.option("--sampling", is_flag=True, help="Cost of one image of each system, with guidance and decoding.")
+@plugin_option
 @json_option
 def command(
     names: tuple[str, ...], protocol: str | None, breakdown: bool, check: str | None, sampling: bool, as_json: bool

@@ -30,7 +30,16 @@ from harness.planning.request import Request
 from harness.protocols import Protocol
 from harness.runs import checkpoints
 from harness.runs.provenance import environment
-from harness.runs.run import RUNS_FOLDER, Resolved, Run, create_run, find_run, identity_difference, open_run
+from harness.runs.run import (
+    RUNS_FOLDER,
+    Resolved,
+    Run,
+    create_run,
+    find_run,
+    identity_difference,
+    open_run,
+    without_plugins,
+)
 from harness.settings import DEFAULT_PROTOCOL, RunOptions, TrainOptions, frozen_settings, keyword_options
 
 logger = logging.getLogger(__name__)
@@ -179,6 +188,9 @@ class RunSession:
                     f"{run.folder} was created with {name} {frozen}, which is frozen because it decides bits; leave out "
                     f"--{name.replace('_', '-')}, or make another run of it with --fork {run.folder} --out NEW"
                 )
+        for role, code in self.spec.plugins.items():
+            if role not in run.identity.get("plugins", {}):
+                logger.info(f"note     {run.folder} does not state the code of its {role}; it goes on with {code}")
         resolved = run.resolved
         logger.info(
             f"  run         {run.folder}  ({resolved.precision}, micro-batches of {resolved.micro_batch}, {resolved.device})"
@@ -228,10 +240,10 @@ class RunSession:
         checkpoint = checkpoints.newest(parent.checkpoints)
         if checkpoint is None:
             raise UserError(f"--fork {source} has no checkpoint yet")
-        if parent.identity != self.spec.identity:
-            raise UserError(
-                f"--fork {source} is another experiment: {identity_difference(parent.identity, self.spec.identity)}"
-            )
+        # A fork may go on with changed code of a plug-in.
+        then, now = map(without_plugins, (parent.identity, self.spec.identity))
+        if then != now:
+            raise UserError(f"--fork {source} is another experiment: {identity_difference(then, now)}")
         target = self.folder / "checkpoints" / checkpoint.folder.name
         if self.group.is_main:
             with files.explained(self.folder):

@@ -25,7 +25,7 @@ from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
-from harness.runs.run import Run, RunSpec, build_arguments
+from harness.runs.run import Run, RunSpec, build_arguments, check_plugins, training_plugins
 from harness.spec import BackboneSpec, Compute
 
 IN_CONTINUOUS_TIME = "dpm++-2m"  # the sampler where the protocol's needs timesteps and the user names none
@@ -77,6 +77,7 @@ class Request:
             recipe=self.recipe,
             seed=self.seed,
             framework=self.framework,
+            plugins=training_plugins(self.spec.name, self.recipe),
             **data.identity,
         )
 
@@ -127,7 +128,18 @@ def make_request(
 
 
 def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = None) -> Request:
-    """The request of an existing run; `sampling` overrides the sampling settings of its protocol."""
+    """The request of an existing run; `sampling` overrides the sampling settings of its protocol.
+
+    Raises `UserError` if the run needs a plug-in file that was not given, or was trained with other code of a plug-in.
+    """
+    there = run.backbone in registry.backbones and run.recipe.objective in registry.objectives
+    if run.plugin_files and not there:
+        words = " ".join(f"--plugin {name}" for name in run.plugin_files)
+        raise UserError(
+            f"{run.folder} was made with a plug-in file, which is executed only if you name it: add {words}"
+        )
+    if there:
+        check_plugins(run, training_plugins(run.backbone, run.recipe))
     return resolve_request(
         run.backbone, run.protocol, run.recipe, seed=run.seed, framework=run.framework, data=None, sampling=sampling,
         samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing,
