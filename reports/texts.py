@@ -15,7 +15,7 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("time distribution", "loss weight", "noise scale", "EMA widths", "EMA snapshots"),
-    *("training data", "training latents", "plug-in code"),
+    *("training data", "training latents", "plug-in code", "Gflops are"),
     *(
         "training precision",
         "earlier precision",
@@ -183,6 +183,8 @@ def row_metadata(record: Record) -> dict[str, str]:
         "protocol": record.protocol,
         "protocol version": record.protocol_version,
     }
+    if record.gflops_source is not None:
+        values["Gflops are"] = record.gflops_source
     if training is not None:
         values |= {
             "recipe": _short(training.recipe_hash),

@@ -231,6 +231,7 @@ class Record(_Checked):
     params: int | None = None
     gflops: float | None = None  # per forward pass at this input (1 multiply-add = 1 flop)
     gflops_published_input: float | None = None  # per forward pass at the paper's input
+    gflops_source: str | None = None  # "traced": counted from the network; None: by a closed form, or not known
     training: Training | None = None
     sampling: Sampling | None = None
     evaluation: Evaluation | None = None

@@ -9,7 +9,7 @@ import click
 
 from harness.cli.flags_from_settings import json_option, plugin_option
 from harness.compute import CONVENTION
-from harness.errors import UserError
+from harness.errors import RunError, UserError
 from harness.planning.flops_table import (
     PROTOCOL_ARGUMENTS,
     cascades,
@@ -69,10 +69,18 @@ def command(
     # a system that is only in the paper has no components
     rows += [system_row(each) for each in wanted_systems if each.components]
     notes = footnotes(rows)
+    failed = [row["fvcore_error"] for row in rows if "fvcore_error" in row]
     if as_json:
         document = {"convention": CONVENTION, "rows": rows, "footnotes": notes, "refused": refused}
         click.echo(json.dumps(document, indent=2))
-        return
+    else:
+        _print(rows, notes, refused, check)
+    if failed:  # last, so that it hides no row
+        raise RunError("; ".join(failed))
+
+
+def _print(rows: list[dict[str, Any]], notes: list[str], refused: list[dict[str, str]], check: str | None) -> None:
+    """Print everything for people."""
     show(rows, check=check)
     for row in rows:
         if "breakdown" in row:

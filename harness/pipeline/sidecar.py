@@ -42,6 +42,7 @@ class RecordFields:
     params: int | None = None
     gflops: float | None = None
     gflops_published_input: float | None = None
+    gflops_source: str | None = None
     training: Training | None = None
     sampling: Sampling
 
@@ -136,6 +137,7 @@ def fields_of_run(
     params: int,
     gflops: float,  # of a forward pass
     gflops_published_input: float | None,
+    gflops_source: str | None = None,  # as in a record
     evaluations: int | None,  # None: not known before sampling, as for an adaptive sampler
     decoder_gflops: float | None,  # of an image; None: nothing to decode
     origin: Mapping[str, Any] | None = None,  # fields of `Training` on its data and its fork; None: not known
@@ -150,6 +152,7 @@ def fields_of_run(
         params=params,
         gflops=gflops,
         gflops_published_input=gflops_published_input,
+        gflops_source=gflops_source,
         training=Training(
             steps=sample_set.step,
             images=sample_set.step * recipe.batch,

@@ -200,17 +200,19 @@ class RunSession:
     def _check_network(self) -> None:
         """Raise `UserError` if a network that is not built in fails one of the quick checks of `harness check`.
 
-        Networks of more than QUICKLY_CHECKED parameters are not checked, because they would be built once more.
+        Of networks of more than QUICKLY_CHECKED parameters, which would be built once more, only the closed form is checked.
         """
         request, spec = self.request, self.request.spec
         if registry.backbones.owner(spec.name) == registry.OWN_DISTRIBUTION:
             return
         if spec.null_label is None and request.recipe.label_dropout and spec.kind in ("denoiser", "upsampler"):
             logger.info(f"note     {spec.name} has no null label, so labels are not dropped in training")
-        if request.compute.params <= QUICKLY_CHECKED:
-            from harness.conformance.suite import check_quickly
+        from harness.conformance.suite import check_closed_form, check_quickly
 
+        if request.compute.params <= QUICKLY_CHECKED:
             check_quickly(spec, request.framework, request.arguments)
+        else:
+            check_closed_form(spec, request.framework, request.arguments)  # needs no memory
 
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"

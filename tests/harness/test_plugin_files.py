@@ -104,6 +104,7 @@ def test_a_file_goes_all_the_way(place):
     record = json.loads(run.records.read_text().splitlines()[0])
     sha256 = registry.backbones.code("tiny-of-a-file").sha256
     assert run.identity["plugins"] == {"backbone": sha256}
+    assert record["gflops_source"] == "traced"
     assert record["training"]["plugins_sha256"] == run.training_data["plugins_sha256"]
     assert record["environment"]["training_versions"]["tiny.py"] == sha256[:12]
 
@@ -123,6 +124,7 @@ def test_a_file_goes_all_the_way(place):
     forget()  # records stand by themselves
     _, written = table_files(records, ["few-digits"])
     assert written["table-few-digits.csv"].count(b"tiny-of-a-file") >= 1
+    assert b"Gflops are traced" in written["table-few-digits.md"]
 
 
 def test_check_takes_the_file_itself(place):
@@ -169,6 +171,7 @@ def test_changed_code_of_a_package_is_refused_as_that_of_a_file_is(place, monkey
     monkeypatch.syspath_prepend(folder.parent)
     from package_of_a_test.net import BACKBONES  # type: ignore[import-not-found]
 
+    registry.backbones.names()  # loaded, before what is there is copied
     monkeypatch.setattr(registry.backbones, "_items", {**registry.backbones._items})
     monkeypatch.setattr(registry.backbones, "_owners", {**registry.backbones._owners})
     monkeypatch.setattr(registry.backbones, "_codes", {**registry.backbones._codes})
