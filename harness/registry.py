@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from harness.diffusion.auxiliary import LOSSES, AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.errors import LONGEST_SHOWN, UserError, shown
 from harness.plugins.code import Code, code_of_package
@@ -47,7 +48,7 @@ class Registry(Generic[Item]):
     items; None: that of the first one, which is built in. problems: the plug-ins that failed to load.
     """
 
-    def __init__(self, group: str, noun: str, of: type | None = None):
+    def __init__(self, group: str, noun: str, of: type | None = None, built_in: Iterable[Item] = ()):
         self.group = group
         self.noun = noun
         self.problems: list[Problem] = []
@@ -56,6 +57,7 @@ class Registry(Generic[Item]):
         self._owners: dict[str, str] = {}
         self._codes: dict[str, Code | Callable[[], Code]] = {}  # by name, of items of plug-ins
         self._loaded = False
+        self._built_in = built_in  # registered before the entry points
 
     def register(
         self,
@@ -134,6 +136,8 @@ class Registry(Generic[Item]):
         if self._loaded:
             return
         self._loaded = True  # before loading, because an entry point may use this registry while it is loaded
+        for item in self._built_in:
+            self.register(item, OWN_DISTRIBUTION)
         # Built-in entry points come first, so that a plug-in cannot take a built-in name.
         points = sorted(
             _entry_points().select(group=self.group),
@@ -188,6 +192,9 @@ samplers: Registry[Any] = Registry("harness.samplers", "sampler")
 objectives: Registry[Any] = Registry("harness.objectives", "objective")
 # no rule is built in, of which the type could be taken
 guidance_rules: Registry[GuidanceRule] = Registry("harness.guidance", "guidance rule", GuidanceRule)
+auxiliary_losses: Registry[AuxiliaryLoss] = Registry(
+    "harness.auxiliary_losses", "auxiliary loss", AuxiliaryLoss, LOSSES
+)
 features: Registry[Any] = Registry("harness.features", "feature extractor")
 metrics: Registry[Any] = Registry("harness.metrics", "metric")
 suites: Registry[Any] = Registry("harness.suites", "suite")
@@ -202,6 +209,7 @@ GROUPS: dict[str, Registry[Any]] = {
         samplers,
         objectives,
         guidance_rules,
+        auxiliary_losses,
         features,
         metrics,
         suites,

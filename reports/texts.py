@@ -14,7 +14,7 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 # (`Setting.footnote`) that are neither here nor in DISTINGUISHING_METADATA.
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
-    *("time distribution", "loss weight", "noise scale", "EMA widths", "EMA snapshots"),
+    *("time distribution", "loss weight", "noise scale", "auxiliary loss", "EMA widths", "EMA snapshots"),
     *("training data", "training latents", "plug-in code", "Gflops are"),
     *(
         "training precision",
@@ -34,7 +34,7 @@ _METADATA = (
 # The keys of `distinguishing_metadata`. Footnotes state them only for rows that would otherwise look alike: hashes, and
 # settings that change only low bits.
 DISTINGUISHING_METADATA = (
-    "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint",
+    "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "Gflops of the auxiliary loss", "micro-batch", "checkpoint",
     "forked at step", "parent checkpoint",
     "network evaluations", "sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features",
     "published-input Gflops",
@@ -196,6 +196,7 @@ def row_metadata(record: Record) -> dict[str, str]:
             "time distribution": training.time_distribution,
             "loss weight": training.loss_weight,
             "noise scale": training.noise_scale,
+            "auxiliary loss": training.auxiliary,
             "EMA widths": training.ema_widths,
             "EMA snapshots": training.ema_snapshots,
             "training data": _short(training.dataset_sha256),
@@ -232,6 +233,7 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
         values |= {
             "training images": training.images,
             "training Gflops": training.gflops,
+            "Gflops of the auxiliary loss": training.auxiliary_gflops,
             "micro-batch": training.micro_batch,
             "checkpoint": _short(training.checkpoint_sha256),
             "forked at step": training.forked_at,

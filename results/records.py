@@ -98,6 +98,8 @@ class Training(_Checked):
     # None in the fields below: not known (also in records from before these fields existed), or as said.
     dataset_sha256: str | None = None  # of the training images with their labels
     latents_sha256: str | None = None  # of the "latents" in the identity of a run; None: trained in pixels
+    auxiliary: str | None = None  # auxiliary loss, "repa:ENCODER:TAP"; None: none
+    auxiliary_gflops: float | None = None  # the part of `gflops` that is its encoder's forward passes and its heads'
     plugins_sha256: str | None = None  # of the "plugins" in the identity of a run, their code; None: all is built in
     earlier_precision: str | None = None  # of a fork, "float32 to step 30"; None: `precision` from the first step on
     forked_at: int | None = None  # step of the other run's checkpoint with which training began; None: not a fork

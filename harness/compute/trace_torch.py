@@ -104,6 +104,7 @@ _FREE_NAMES = """
     _unsafe_view unsqueeze var var_mean view view_as_complex view_as_real where zero_ zeros zeros_like
     avg_pool1d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d max_pool2d max_pool2d_with_indices im2col col2im
     upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
+    _upsample_bilinear2d_aa _upsample_bicubic2d_aa linalg_vector_norm
 """
 FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
 """Operators that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, resampling."""

@@ -217,9 +217,15 @@ class RunSession:
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
     ) -> Measured:
-        """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it."""
+        """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it.
+
+        Neither includes the heads and the encoder of an auxiliary loss.
+        """
+        if self.request.recipe.auxiliary and compile == "on":
+            raise UserError("an auxiliary loss taps into the network, which --compile on does not allow; leave it out")
+        mode = "off" if self.request.recipe.auxiliary else compile
         self._net, measured = get_backend(self.request.framework).measure(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=compile
+            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=mode
         )
         return measured
 

@@ -12,6 +12,7 @@ from typing import Any
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
+from harness.diffusion.auxiliary import AuxiliaryCompute, read_auxiliary
 from harness.diffusion.processes import PROCESSES
 from harness.diffusion.sampler_plan import (
     NOMINAL_EVALUATIONS,
@@ -31,6 +32,7 @@ from harness.spec import BackboneSpec, Compute
 IN_CONTINUOUS_TIME = "dpm++-2m"  # the sampler where the protocol's needs timesteps and the user names none
 ADAPTIVE_STEPS = (1,)  # the `Sampling.steps` of an adaptive sampler: one sample set; the number means nothing
 CHECKPOINT_BYTES = 16  # per parameter: weight, EMA and two moments in float32
+HEAD_BYTES = 12  # per parameter of the heads of an auxiliary loss, which have no EMA
 WEIGHT_BYTES = 4  # per parameter of an average of the weights (float32)
 
 
@@ -48,18 +50,21 @@ class Request:
     data: Path | None
     arguments: dict[str, Any]  # of the network's builder, where they may differ from its defaults
     compute: Compute
+    auxiliary: AuxiliaryCompute | None = None  # None: the recipe has no auxiliary loss
     match: Match | None = None  # set if the training steps were matched
     match_sampling: tuple[Match, ...] = ()  # set if the sampler steps were matched
 
     @property
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
-        return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+        gflops = self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+        return gflops if self.auxiliary is None else gflops + self.auxiliary.training_flops * self.recipe.batch / 1e9
 
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint, with the averages of the recipe's `ema_widths`."""
-        return (CHECKPOINT_BYTES + WEIGHT_BYTES * len(self.recipe.widths)) * self.compute.params
+        heads = 0 if self.auxiliary is None else HEAD_BYTES * self.auxiliary.params
+        return (CHECKPOINT_BYTES + WEIGHT_BYTES * len(self.recipe.widths)) * self.compute.params + heads
 
     def snapshot_bytes(self, steps: Collection[int] = ()) -> int:
         """Disk space of all saved averages of the recipe's `ema_widths`; those of the last step are in its checkpoint.
@@ -216,7 +221,38 @@ def resolve_request(
     return Request(
         spec=spec, protocol=protocol, recipe=recipe, sampling=sampling_settings, samples=samples or protocol.samples,
         seed=seed, framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
+        auxiliary=auxiliary_compute(spec, arguments, protocol, recipe, framework),
     )  # fmt: skip
+
+
+def auxiliary_compute(
+    spec: BackboneSpec, arguments: dict[str, Any], protocol: Protocol, recipe: Recipe, framework: str = "torch"
+) -> AuxiliaryCompute | None:
+    """The compute of the recipe's auxiliary loss, which imports torch; None: it has none.
+
+    Raises `UserError` for unknown names and taps, for a framework without it, and for a protocol in latents.
+    """
+    if not recipe.auxiliary:
+        return None
+    wanted = read_auxiliary(recipe.auxiliary)
+    loss = registry.auxiliary_losses.get(wanted.name)
+    if framework not in loss.builders:
+        raise UserError(
+            f"auxiliary loss {wanted.name!r} has no heads in {framework}; use --framework {next(iter(loss.builders))}"
+        )
+    if spec.kind != "denoiser":
+        raise UserError(f"auxiliary loss {wanted.name!r} is for denoisers, and {spec.name!r} is of kind {spec.kind}")
+    if loss.needs_encoder and not wanted.encoder:
+        raise UserError(
+            f"auxiliary loss {wanted.name!r} needs an encoder, as in {wanted.name}:efficientnet-lite0-96:{wanted.taps[0]}"
+        )
+    if wanted.encoder and protocol.space == "latents":
+        raise UserError(
+            f"auxiliary loss {wanted.name!r}: its encoder needs images, and protocol {protocol.name!r} trains on latents"
+        )
+    from harness.engines.torch.auxiliary import count
+
+    return count(spec, spec.arguments(**arguments), wanted)
 
 
 def check_plans(recipe: Recipe, sampling: Sampling) -> None:

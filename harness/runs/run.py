@@ -22,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.diffusion.auxiliary import read_auxiliary
 from harness.errors import UserError
 from harness.io import files
 from harness.plugins.code import Code
 from harness.protocols import Protocol, Recipe, from_dict
-from harness.registry import backbones, objectives
+from harness.registry import auxiliary_losses, backbones, features, objectives
 from harness.spec import BackboneSpec
 
 SCHEMA = 1
@@ -81,8 +82,12 @@ class RunSpec:
 
 
 def training_plugins(backbone: str, recipe: Recipe) -> dict[str, Code]:
-    """The code of plug-ins that decides a training, by what it brings: "backbone", "objective". Empty: all is built in."""
+    """The code of plug-ins that decides a training, by what it brings: "backbone", "objective", ... Empty: all is built in."""
     codes = {"backbone": backbones.code(backbone), "objective": objectives.code(recipe.objective)}
+    if recipe.auxiliary:
+        wanted = read_auxiliary(recipe.auxiliary)
+        codes["auxiliary loss"] = auxiliary_losses.code(wanted.name)
+        codes["encoder"] = features.code(wanted.encoder) if wanted.encoder else None
     return {role: code for role, code in codes.items() if code is not None}
 
 

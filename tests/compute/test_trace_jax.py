@@ -247,7 +247,7 @@ def test_a_primitive_counts_as_declared(monkeypatch):
             return scan.bind(x, states=4)
 
     spec = toy(Scan)
-    size = 3 * DEFAULTS["input_size"] ** 2
+    size = DEFAULTS["input_size"] ** 2
     with pytest.raises(RunError, match="primitive scan_of_a_test .* harness.compute.register_flops"):
         trace(spec)
     register_flops(scan, lambda x, *, states: x.size * states)
