@@ -17,6 +17,7 @@ NOUNS = {
     "protocols": registry.protocols,
     "datasets": registry.datasets,
     "samplers": registry.samplers,
+    "auxiliary-losses": registry.auxiliary_losses,
     "suites": registry.suites,
     "features": registry.features,
     "metrics": registry.metrics,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from math import prod
@@ -119,6 +120,7 @@ _MOVES = """
 MOVES = frozenset(f"aten::{name}" for name in _MOVES.split())
 """Operators that compute nothing: what a branch for the meta device consists of."""
 
+_PATCHING = threading.RLock()  # of `follow_functions`
 SUMS = frozenset({"aten::sum", "aten::mean", "aten::cumsum"})
 
 
@@ -311,7 +313,13 @@ def follow_functions(counter: OperatorCounter) -> Iterator[None]:
 
         return call
 
-    # Not `apply`, which code may have bound to a name of its own.
+    # Not `apply`, which code may have bound to a name of its own. Classes are shared by all threads.
+    with _PATCHING:
+        yield from _patched(followed)
+
+
+def _patched(followed: Callable[[Any, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Replace `forward` of the functions that are not torch's by what `followed` makes of it, until the next step."""
     kinds = [kind for kind in _subclasses(torch.autograd.Function) if not kind.__module__.startswith("torch.")]
     before = {kind: (vars(kind).get("forward"), kind.forward) for kind in kinds}
     for kind, (_, forward) in before.items():

@@ -247,3 +247,52 @@ def test_a_changed_file_replaces_what_it_had_registered(place):
     assert files.load_plugin(Path("tiny.py")).sha256 != first.sha256
     assert registry.backbones.get("tiny-of-a-file").summary == "the same two"
     assert not list(place.rglob("*.pyc"))
+
+
+METRIC = """
+import numpy as np
+from evaluators.intervals import Estimate
+from evaluators.metrics import Metric
+
+def compute(inputs):
+    return {"colour": Estimate(value=FACTOR * 2.0, left_out=np.full(20, 2.0))}
+
+METRICS = Metric(key="colour", direction="lower", minimum=1, paper="a test", compute=f"{__name__}:compute")
+"""
+
+
+def test_a_metric_of_changed_code_is_measured_anew_and_what_is_measured_already_is_said(place):
+    from harness.data.digits import load as load_digits
+    from harness.runs.samples import write_samples
+
+    digits = load_digits()
+    write_samples(place / "mine.npz", [digits.images[300:420]], digits.labels[300:420], {})
+    (place / "mine.json").unlink()
+    words = (
+        "evaluate",
+        "mine.npz",
+        "--protocol",
+        "few.toml",
+        "--data",
+        "digits.npz",
+        "--json",
+        "--plugin",
+        "metric.py",
+    )
+    words += ("--suite", "efficientnet-lite0-96:fd,colour")
+
+    def measured(factor):
+        (place / "metric.py").write_text(METRIC.replace("FACTOR", str(factor)))
+        code, out, said = harness(*words)
+        assert code == 0, said
+        values = {each["metric"]: each for each in json.loads(out)["records"]}
+        assert "plugins_sha256" not in values["fd"]["evaluation"]
+        return values["colour"]["value"], "already measured: mine.npz" in said
+
+    assert measured(1) == (2.0, False)
+    assert measured(1) == (2.0, True)
+    assert measured(3) == (6.0, False)
+    kept = store.load([place / "records.jsonl"]).records
+    assert [each.value for each in kept if each.metric == "colour"] == [6.0]  # and both lines stay in the file
+    assert (place / "records.jsonl").read_text().count('"metric":"colour"') == 2
+    assert len([each for each in kept if each.metric == "fd"]) == 1
