@@ -173,7 +173,7 @@ class Evaluation(_Checked):
     reference_sha256: str | None = None
     training_sha256: str | None = None  # of the images that copies were sought in; None: the reference images
     mode: str | None = None  # a named variant of the metrics: "adm", "exact", "clean", "torch-fidelity"
-    plugins_sha256: str | None = None  # of the code of plug-ins that measured (metric, features, suite); None: built in
+    code_sha256: str | None = None  # of the code of plug-ins that measured (metric, features, suite); None: built in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -213,8 +213,8 @@ def _drop_superseded(found: dict[str, dict[str, tuple[Record, str]]]) -> None:
     by_code: dict[str, list[tuple[str, str]]] = {}  # identity without the code -> (time, identity) of measurements
     for identity, by_id in found.items():
         record = next(iter(by_id.values()))[0]
-        if record.evaluation is not None and record.evaluation.plugins_sha256 is not None:
-            evaluation = dataclasses.replace(record.evaluation, plugins_sha256=None)
+        if record.evaluation is not None and record.evaluation.code_sha256 is not None:
+            evaluation = dataclasses.replace(record.evaluation, code_sha256=None)
             time = record.environment.time if record.environment else None
             without_code = dataclasses.replace(record, evaluation=evaluation).identity_sha256
             by_code.setdefault(without_code, []).append((time or "", identity))

@@ -355,7 +355,7 @@ def _measure(
             dataset=protocol.dataset,
             evaluation=dataclasses.replace(
                 of_training if measurement.metric in searching else evaluation,
-                plugins_sha256=plugins.get(measurement.metric),
+                code_sha256=plugins.get(measurement.metric),
             ),
             environment=Environment(**about_here, **(timing or {})),
             **about.arguments(),
@@ -481,7 +481,7 @@ def existing_records(
         and all(getattr(record, field) == value for field, value in about.arguments().items())
         and (evaluation := record.evaluation) is not None
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
-        and evaluation.plugins_sha256 == plugins.get(record.metric)
+        and evaluation.code_sha256 == plugins.get(record.metric)
         and reference_sha256 in (None, evaluation.reference_sha256)
         and (
             reference_sha256 is None

@@ -83,6 +83,7 @@ class Request:
             seed=self.seed,
             framework=self.framework,
             plugins=training_plugins(self.spec.name, self.recipe),
+            auxiliary=self.auxiliary,
             **data.identity,
         )
 
@@ -144,10 +145,10 @@ def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = 
             f"{run.folder} was made with a plug-in file, which is executed only if you name it: add {words}"
         )
     if there:
-        check_plugins(run, training_plugins(run.backbone, run.recipe))
+        check_plugins(run, training_plugins(run.backbone, run.recipe), sampling=True)
     return resolve_request(
         run.backbone, run.protocol, run.recipe, seed=run.seed, framework=run.framework, data=None, sampling=sampling,
-        samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing,
+        samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing, auxiliary=run.auxiliary,
     )  # fmt: skip
 
 
@@ -162,11 +163,12 @@ def resolve_request(
     sampling: dict[str, Any] | None,
     samples: int | None,
     gradient_checkpointing: bool,
+    auxiliary: AuxiliaryCompute | None = None,
 ) -> Request:
     """The request, after checking that backbone, protocol, recipe and sampling settings fit together.
 
     A schedule in continuous time is sampled by IN_CONTINUOUS_TIME if the protocol's sampler goes over timesteps and
-    `sampling` names none. sampling, samples: as in `make_request`. Raises `UserError` for what does not fit, or if the framework is not installed.
+    `sampling` names none. sampling, samples: as in `make_request`. auxiliary: of an existing run, whose encoder sampling does not need. Raises `UserError` for what does not fit, or if the framework is not installed.
     """
     spec = registry.backbones.get(backbone)
     if spec.kind == "generator":
@@ -221,7 +223,7 @@ def resolve_request(
     return Request(
         spec=spec, protocol=protocol, recipe=recipe, sampling=sampling_settings, samples=samples or protocol.samples,
         seed=seed, framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
-        auxiliary=auxiliary_compute(spec, arguments, protocol, recipe, framework),
+        auxiliary=auxiliary or auxiliary_compute(spec, arguments, protocol, recipe, framework),
     )  # fmt: skip
 
 

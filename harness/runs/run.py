@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.diffusion.auxiliary import read_auxiliary
+from harness.diffusion.auxiliary import AuxiliaryCompute, read_auxiliary
 from harness.errors import UserError
 from harness.io import files
 from harness.plugins.code import Code
@@ -49,6 +49,7 @@ class RunSpec:
     dataset_sha256: str
     latents: dict[str, Any] | None = None  # if it is trained in latents: which latents, of which autoencoder
     plugins: dict[str, Code] = dataclasses.field(default_factory=dict)  # see `training_plugins`
+    auxiliary: AuxiliaryCompute | None = None  # of the recipe's auxiliary loss; no part of the identity
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -89,6 +90,9 @@ def training_plugins(backbone: str, recipe: Recipe) -> dict[str, Code]:
         codes["auxiliary loss"] = auxiliary_losses.code(wanted.name)
         codes["encoder"] = features.code(wanted.encoder) if wanted.encoder else None
     return {role: code for role, code in codes.items() if code is not None}
+
+
+OF_TRAINING_ALONE = ("auxiliary loss", "encoder")
 
 
 def without_plugins(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -137,6 +141,7 @@ class Run:
     fork: dict[str, Any] = dataclasses.field(default_factory=dict)
     # Paths of the plug-in files that it was created with; never loaded from here, only named.
     plugin_files: tuple[str, ...] = ()
+    auxiliary: AuxiliaryCompute | None = None  # of the recipe's auxiliary loss; None: it has none
 
     @property
     def backbone(self) -> str:
@@ -214,6 +219,7 @@ def create_run(
             "environment": environment,
             **({"places": source_paths} if source_paths else {}),
             **({"fork": fork} if fork else {}),
+            **({} if spec.auxiliary is None else {"auxiliary": dataclasses.asdict(spec.auxiliary)}),
             **({"plugin_files": plugin_files} if (plugin_files := _files_of(spec.plugins)) else {}),
         },
     )
@@ -234,10 +240,12 @@ def open_run(folder: Path) -> Run:
         # states the default of an item that was added later.
         recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
         resolved = Resolved(**data["resolved"])
+        auxiliary = data.get("auxiliary")
         return Run(
             folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
             protocol=protocol, recipe=recipe, source_paths=dict(data.get("places", {})),
             fork=dict(data.get("fork", {})), plugin_files=tuple(data.get("plugin_files", ())),
+            auxiliary=None if auxiliary is None else AuxiliaryCompute(**auxiliary),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error
@@ -263,12 +271,15 @@ def find_run(folder: Path, spec: RunSpec) -> Run | None:
     return run
 
 
-def check_plugins(run: Run, now: Mapping[str, Code]) -> None:
+def check_plugins(run: Run, now: Mapping[str, Code], *, sampling: bool = False) -> None:
     """Raise `UserError` if the run was trained with other code of a plug-in than that of `now` (`training_plugins`).
 
-    A run that does not state its code, because it was created before that was recorded, fits any.
+    A run that does not state its code, because it was created before that was recorded, fits any. sampling: without what
+    only training needs.
     """
     for role, sha256 in run.identity.get("plugins", {}).items():
+        if sampling and role in OF_TRAINING_ALONE:
+            continue
         code = now.get(role)
         if code is None or code.sha256 != sha256:
             raise UserError(

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from auxiliary_runs import AUXILIARY, session
+from click.testing import CliRunner
 from command_process import started
 from safetensors.numpy import load_file
 from small_runs import request
 from test_many_processes import ended, environments
+from test_plugin_files import forget
 
 from harness import registry
+from harness.cli import group
 from harness.diffusion.auxiliary import read_auxiliary
 from harness.errors import UserError
 from harness.planning.matching import matched
@@ -21,6 +24,7 @@ from harness.planning.plan import make_plan
 from harness.planning.plan_text import costs_text
 from harness.planning.reference import parse_reference
 from harness.runs import checkpoints
+from reports import figures_loss
 
 TOKENS, WIDTH = 4, 192  # of dit-xs-4 on digits
 ENCODER_FLOPS = 16 * 4 * 6
@@ -127,58 +131,38 @@ def test_encoder_and_heads_count_as_training_compute_and_are_shown_apart(whole):
 
 def test_the_record_states_it_and_sampling_needs_no_heads(tmp_path, monkeypatch):
     """By the command line, with a loss and an encoder of one file."""
-    from click.testing import CliRunner
-
-    from harness.cli import group
-    from harness.plugins import files
-
     monkeypatch.chdir(tmp_path)
     few_digits.write("digits.npz", 300)
     (tmp_path / "few.toml").write_text(few_digits.protocol("few-digits", steps=3))
     (tmp_path / "mine.py").write_text(PLUGIN)
-    words = [
-        "train",
-        "--backbone",
-        "dit-xs-4",
-        "--protocol",
-        "few.toml",
-        "--data",
-        "digits.npz",
-        "--precision",
-        "float32",
-    ]
-    words += [
-        "--device",
-        "cpu",
-        "--plugin",
-        "mine.py",
-        "--set",
-        "auxiliary=mean-of-tokens:mean-colour:blocks.1+blocks.2",
-    ]
+    auxiliary = "mean-of-tokens:mean-colour:blocks.1+blocks.2"
+    train = ["train", "--backbone", "dit-xs-4", "--protocol", "few.toml", "--data", "digits.npz", "--out", "run"]
+    train += ["--precision", "float32", "--device", "cpu", "--plugin", "mine.py", "--set", f"auxiliary={auxiliary}"]
     try:
-        for command in ([*words, "--out", "run"], ["sample", "--run", "run", "--samples", "4", "--plugin", "mine.py"]):
+        for command in (train, ["sample", "--run", "run", "--samples", "4"]):
+            forget()  # as in a process of its own: sampling does without the encoder, and without the file
             done = CliRunner().invoke(group, command)
             assert done.exit_code == 0, (done.exception, done.stderr)
-        (side,) = (tmp_path / "run").glob("samples/*/samples.json")
-        record = json.loads(side.read_text())["record"]
-        training = record["training"]
-        assert training["auxiliary"] == "mean-of-tokens:mean-colour:blocks.1+blocks.2"
-        heads = 2 * 4 * WIDTH  # a row of weights over the tokens of two taps
-        assert training["auxiliary_gflops"] == pytest.approx(6 * 16 * 3 * heads / 1e9)
-        assert training["gflops"] == pytest.approx(6 * 16 * 3 * record["gflops"] + training["auxiliary_gflops"])
-        identity = json.loads((tmp_path / "run" / "run.json").read_text())["identity"]
-        assert set(identity["plugins"]) == {"auxiliary loss", "encoder"}
-        assert set(json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[0])) == {
-            "step",
-            "mse",
-            "vb",
-            "mean-of-tokens",
-        }
     finally:
-        for file in list(files._loaded):
-            for each in registry.GROUPS.values():
-                each.forget(file)
-            del files._loaded[file]
+        forget()
+    (side,) = (tmp_path / "run").glob("samples/*/samples.json")
+    record = json.loads(side.read_text())["record"]
+    training = record["training"]
+    assert training["auxiliary"] == auxiliary
+    heads = 2 * 4 * WIDTH  # a row of weights over the tokens of two taps
+    assert training["auxiliary_gflops"] == pytest.approx(6 * 16 * 3 * heads / 1e9)
+    assert training["gflops"] == pytest.approx(6 * 16 * 3 * record["gflops"] + training["auxiliary_gflops"])
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert set(run["identity"]["plugins"]) == {"auxiliary loss", "encoder"} and run["plugin_files"] == [
+        str(tmp_path / "mine.py")
+    ]
+    first, *_ = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert set(json.loads(first)) == {"step", "mse", "vb", "mean-of-tokens"}
+    assert figures_loss._term_weights("dit-xs-4", {"auxiliary": "repa:any:blocks.0"}) == {
+        "mse": 1,
+        "vb": 1,
+        "repa": 0.5,
+    }
 
 
 PLUGIN = """

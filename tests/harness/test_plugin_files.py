@@ -286,7 +286,7 @@ def test_a_metric_of_changed_code_is_measured_anew_and_what_is_measured_already_
         code, out, said = harness(*words)
         assert code == 0, said
         values = {each["metric"]: each for each in json.loads(out)["records"]}
-        assert "plugins_sha256" not in values["fd"]["evaluation"]
+        assert "code_sha256" not in values["fd"]["evaluation"] and values["colour"]["evaluation"]["code_sha256"]
         return values["colour"]["value"], "already measured: mine.npz" in said
 
     assert measured(1) == (2.0, False)

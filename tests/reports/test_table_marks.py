@@ -222,7 +222,16 @@ def test_rows_that_differ_in_anything_look_different(record, part):
     base = record(sampling=Sampling(sampler="ddpm", steps=25, guidance_scale=1.5, guidance_channels="all"))
     counts = {"evaluations_mean", "evaluations_max"}  # which differ from seed to seed, also within a row
     # of the table or of the metric
-    key = {"suite", "suite_version", "features", "features_sha256", "reference_sha256", "training_sha256", "mode"}
+    key = {
+        "suite",
+        "suite_version",
+        "features",
+        "features_sha256",
+        "reference_sha256",
+        "training_sha256",
+        "mode",
+        "code_sha256",
+    }
     for field in dataclasses.fields(part):
         if field.name in key - {"features"} | counts:
             continue
