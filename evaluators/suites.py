@@ -14,6 +14,8 @@ from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from evaluators.metrics import FID, METRICS, SFID, Metric
 from harness import registry
 from harness.errors import RunError, UserError
+from harness.io.files import sha256_json
+from harness.plugins.code import Code
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,20 @@ class Suite:
     def __post_init__(self) -> None:
         known = ("optional", "expected", "declared", "never")
         assert self.reference_statistics in known, self.reference_statistics
+
+    def plugins(self, metric: Metric) -> dict[str, Code]:
+        """The code of plug-ins that measures a metric, by what it brings: "metric", "features", "suite". Empty: none."""
+        codes = {
+            "metric": registry.metrics.code(metric.key),
+            "features": registry.features.code(self.features.name),
+            "suite": registry.suites.code(self.name),
+        }
+        return {role: code for role, code in codes.items() if code is not None}
+
+    def plugins_sha256(self, metric: Metric) -> str | None:
+        """The hash by which records name `plugins`; None: all is built in."""
+        codes = {role: code.sha256 for role, code in self.plugins(metric).items()}
+        return sha256_json(codes) if codes else None
 
     def takes_statistics(self, *, declared: bool) -> bool:
         """Whether mu and sigma in the reference's file are used. declared: the file's metadata names their network."""

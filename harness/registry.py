@@ -16,11 +16,16 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable
 from importlib import metadata
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from harness.diffusion.auxiliary import LOSSES, AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.errors import LONGEST_SHOWN, UserError, shown
+from harness.plugins.code import Code, code_of_package
 from harness.spec import BackboneSpec
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 Item = TypeVar("Item")
 
@@ -43,19 +48,26 @@ class Registry(Generic[Item]):
     items; None: that of the first one, which is built in. problems: the plug-ins that failed to load.
     """
 
-    def __init__(self, group: str, noun: str, of: type | None = None):
+    def __init__(self, group: str, noun: str, of: type | None = None, built_in: Iterable[Item] = ()):
         self.group = group
         self.noun = noun
         self.problems: list[Problem] = []
         self._of = of
         self._items: dict[str, Item] = {}
         self._owners: dict[str, str] = {}
+        self._codes: dict[str, Code | Callable[[], Code]] = {}  # by name, of items of plug-ins
         self._loaded = False
+        self._built_in = built_in  # registered before the entry points
 
-    def register(self, item: Item | Callable[[], Any], owner: str = "this process") -> Any:
+    def register(
+        self,
+        item: Item | Callable[[], Any],
+        owner: str = "this process",
+        code: Code | Callable[[], Code] | None = None,
+    ) -> Any:
         """Add an item, or the items that a function without arguments returns. Returns `item`, to serve as a decorator.
 
-        owner: the distribution that adds it, for messages. Raises `UserError` for an item without a name, of another
+        owner: the distribution or file that adds it, for messages. code: see the method `code`. Raises `UserError` for an item without a name, of another
         type, or with a name that is taken; the items before that one stay registered.
         """
         self._load()  # first, so that no name of a built-in item can be taken
@@ -71,7 +83,14 @@ class Registry(Generic[Item]):
                 raise UserError(f"{owner}: the {self.noun} name {name!r} is taken by {taken}; choose another")
             self._items[name] = each
             self._owners[name] = owner
+            if code is not None:
+                self._codes[name] = code
         return item
+
+    def forget(self, file: Path) -> None:
+        """Remove the items of a plug-in file, which is loaded anew because it was changed."""
+        for name in [name for name in self._codes if self.code_file(name) == file]:
+            del self._items[name], self._owners[name], self._codes[name]
 
     def get(self, name: str) -> Item:
         """The item of that name. Raises `UserError`, which suggests similar names, if there is none."""
@@ -95,6 +114,17 @@ class Registry(Generic[Item]):
         self._load()
         return self._owners[name]
 
+    def code(self, name: str) -> Code | None:
+        """The code of the plug-in that registered `name`; None for a built-in item, and for one of this process."""
+        self._load()
+        code = self._codes.get(name)
+        return code if code is None or isinstance(code, Code) else code()
+
+    def code_file(self, name: str) -> Path | None:
+        """The plug-in file that registered `name`; None: it comes from elsewhere. Hashes nothing."""
+        code = self._codes.get(name)
+        return code.file if isinstance(code, Code) else None
+
     def __iter__(self):
         self._load()
         return iter(list(self._items.values()))
@@ -108,6 +138,8 @@ class Registry(Generic[Item]):
         if self._loaded:
             return
         self._loaded = True  # before loading, because an entry point may use this registry while it is loaded
+        for item in self._built_in:
+            self.register(item, OWN_DISTRIBUTION)
         # Built-in entry points come first, so that a plug-in cannot take a built-in name.
         points = sorted(
             _entry_points().select(group=self.group),
@@ -116,7 +148,8 @@ class Registry(Generic[Item]):
         for point in points:
             owner = _distribution(point)
             try:
-                self.register(point.load(), owner)
+                of_package = functools.partial(code_of_package, owner, point.value.partition(":")[0])
+                self.register(point.load(), owner, None if owner == OWN_DISTRIBUTION else of_package)
             except (Exception, SystemExit) as error:
                 # Third-party code can raise anything, and the other plug-ins must still load.
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -161,7 +194,28 @@ samplers: Registry[Any] = Registry("harness.samplers", "sampler")
 objectives: Registry[Any] = Registry("harness.objectives", "objective")
 # no rule is built in, of which the type could be taken
 guidance_rules: Registry[GuidanceRule] = Registry("harness.guidance", "guidance rule", GuidanceRule)
+auxiliary_losses: Registry[AuxiliaryLoss] = Registry(
+    "harness.auxiliary_losses", "auxiliary loss", AuxiliaryLoss, LOSSES
+)
 features: Registry[Any] = Registry("harness.features", "feature extractor")
 metrics: Registry[Any] = Registry("harness.metrics", "metric")
 suites: Registry[Any] = Registry("harness.suites", "suite")
 systems: Registry[Any] = Registry("harness.systems", "system")
+
+GROUPS: dict[str, Registry[Any]] = {
+    each.group.removeprefix("harness.").upper(): each
+    for each in (
+        backbones,
+        protocols,
+        datasets,
+        samplers,
+        objectives,
+        guidance_rules,
+        auxiliary_losses,
+        features,
+        metrics,
+        suites,
+        systems,
+    )  # fmt: skip
+}
+"""The attributes of a plug-in file (`harness.plugins.files`), and the registries that they add to."""

@@ -124,7 +124,9 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
                 text = f"It was sampled with {name} {used}, but protocol {protocol.name} fixes {name} to {fixed}"
                 return Reproduction(notes=(f"{text}; a protocol file of your own can set it.",))
     if record.backbone not in registry.backbones:
-        notes.append(f"Backbone {record.backbone!r} is not installed: install the plug-in that provides it.")
+        notes.append(
+            f"Backbone {record.backbone!r} is not installed: install the plug-in that provides it, or name its file with --plugin."
+        )
     defaults = dataclasses.asdict(protocol.recipe) if protocol else {}
     settings = _recorded(record, protocol)
     settings["set"] = {name: value for name, value in recipe.items() if name not in defaults or value != defaults[name]}
@@ -143,6 +145,9 @@ def _run_reproduction(record: Record, recipes: Mapping[str, Mapping[str, object]
 
 def _run_command(record: Record, settings: Mapping[str, Any]) -> str:
     """`harness run` with the record's backbone, its data and these settings. settings: name in RunOptions -> value."""
+    file = registry.backbones.code_file(record.backbone or "")  # of a plug-in that the user has named
+    if file is not None:
+        settings = {**settings, "plugin": (file,)}
     options = RunOptions(**{"backbone": record.backbone, **settings, **_data_setting(record)})
     return command_line(command_words("run", options))
 

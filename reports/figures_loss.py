@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import registry
+from harness.diffusion.auxiliary import read_auxiliary
 from harness.engines.loss_terms import LOSS_TERMS
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.points import MAX_LINES
@@ -199,7 +200,7 @@ def _read_curve(folder: Path) -> _Curve | None:
         recipe, seed = dict(identity["recipe"]), int(identity["seed"])
         model, protocol = str(identity["backbone"]), str(identity["protocol"]["name"])
         key = canonical_json([identity["backbone"], identity["protocol"], recipe, identity.get("framework")])
-        terms, steps, loss = _losses(path, _term_weights(model))
+        terms, steps, loss = _losses(path, _term_weights(model, recipe))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # not a run of this harness
     if len(steps) < 2:
@@ -210,11 +211,17 @@ def _read_curve(folder: Path) -> _Curve | None:
     )  # fmt: skip
 
 
-def _term_weights(model: str) -> Mapping[str, float]:
+def _term_weights(model: str, recipe: Mapping[str, object]) -> Mapping[str, float]:
     """Term -> weight of the terms in the loss of the backbone of that name; empty if it is not installed."""
     if model not in registry.backbones:
         return {}
-    return LOSS_TERMS.get(registry.backbones.get(model).kind, {})
+    weights = LOSS_TERMS.get(registry.backbones.get(model).kind, {})
+    if text := recipe.get("auxiliary"):
+        wanted = read_auxiliary(str(text))
+        known = wanted.name in registry.auxiliary_losses
+        usual = registry.auxiliary_losses.get(wanted.name).weight if known else 1.0
+        weights = {**weights, wanted.name: usual if wanted.weight is None else wanted.weight}
+    return weights
 
 
 def _terms_text(terms: Terms) -> str:

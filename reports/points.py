@@ -28,8 +28,8 @@ MAX_GROUPS = 6  # of comparable records in a figure
 # Metadata that the label of a line may name, where another line of the same system differs in it.
 _LABEL_METADATA = (
     *("training steps", "recipe", "batch", "learning rate", "objective", "schedule", "training precision", "sampler"),
-    *("time distribution", "loss weight", "noise scale", "spacing", "EMA width"),
-    *("training data", "training latents", "earlier precision"),
+    *("time distribution", "loss weight", "noise scale", "auxiliary loss", "spacing", "EMA width"),
+    *("training data", "training latents", "plug-in code", "earlier precision"),
     *("sampling steps", "eta", "guidance", "clip denoised", "decoder", "uint8 rule", "label policy"),
     *("sampling precision", "framework", "protocol version", "suite version", "mode"),
 )
@@ -39,7 +39,7 @@ _WITHOUT_NAME = frozenset({"training steps", "sampler", "sampling steps", "guida
 # only low bits.
 _IGNORED = ("seed", "checkpoint_sha256", "micro_batch", "forked_at", "parent_sha256", "samples_sha256", "batch")
 ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
-ALONG_TRAINING = ("steps", "images", "gflops")
+ALONG_TRAINING = ("steps", "images", "gflops", "auxiliary_gflops")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

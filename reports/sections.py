@@ -150,6 +150,7 @@ def data_row(row: Row, section: int, marks: Mapping[tuple[str, str], str]) -> di
         "params": record.params,
         "gflops": record.gflops,
         "gflops_published_input": record.gflops_published_input,
+        "gflops_source": record.gflops_source,
     }
     for prefix, part in (("training", training), ("sampling", sampling), ("evaluation", evaluation)):
         if part is not None:

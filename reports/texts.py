@@ -14,8 +14,8 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 # (`Setting.footnote`) that are neither here nor in DISTINGUISHING_METADATA.
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
-    *("time distribution", "loss weight", "noise scale", "EMA widths", "EMA snapshots"),
-    *("training data", "training latents"),
+    *("time distribution", "loss weight", "noise scale", "auxiliary loss", "EMA widths", "EMA snapshots"),
+    *("training data", "training latents", "plug-in code", "Gflops are"),
     *(
         "training precision",
         "earlier precision",
@@ -34,7 +34,7 @@ _METADATA = (
 # The keys of `distinguishing_metadata`. Footnotes state them only for rows that would otherwise look alike: hashes, and
 # settings that change only low bits.
 DISTINGUISHING_METADATA = (
-    "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "micro-batch", "checkpoint",
+    "backbone", "kind", "parameters", "Gflops", "training images", "training Gflops", "Gflops of the auxiliary loss", "micro-batch", "checkpoint",
     "forked at step", "parent checkpoint",
     "network evaluations", "sampling Gflops", "decoder Gflops", "sampling batch", "settings hash", "samples", "features",
     "published-input Gflops",
@@ -183,6 +183,8 @@ def row_metadata(record: Record) -> dict[str, str]:
         "protocol": record.protocol,
         "protocol version": record.protocol_version,
     }
+    if record.gflops_source is not None:
+        values["Gflops are"] = record.gflops_source
     if training is not None:
         values |= {
             "recipe": _short(training.recipe_hash),
@@ -194,10 +196,12 @@ def row_metadata(record: Record) -> dict[str, str]:
             "time distribution": training.time_distribution,
             "loss weight": training.loss_weight,
             "noise scale": training.noise_scale,
+            "auxiliary loss": training.auxiliary,
             "EMA widths": training.ema_widths,
             "EMA snapshots": training.ema_snapshots,
             "training data": _short(training.dataset_sha256),
             "training latents": _short(training.latents_sha256),
+            "plug-in code": _short(training.plugins_sha256),
             "earlier precision": training.earlier_precision,
             "training steps": count_text(training.steps) if training.steps is not None else None,
         }
@@ -229,6 +233,7 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
         values |= {
             "training images": training.images,
             "training Gflops": training.gflops,
+            "Gflops of the auxiliary loss": training.auxiliary_gflops,
             "micro-batch": training.micro_batch,
             "checkpoint": _short(training.checkpoint_sha256),
             "forked at step": training.forked_at,

@@ -255,10 +255,12 @@ def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     batch sizes are left out, as is a setting that one of the records does not state.
     """
     skipped = {  # `images` too, because it is steps x batch
-        "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops",
+        "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops", "auxiliary_gflops",
         "evaluations_mean", "evaluations_max",
         "decoder_gflops", "images", "micro_batch", "batch", "forked_at", "parent_sha256",
     }  # fmt: skip
+    if a.backbone != b.backbone:
+        skipped.add("plugins_sha256")  # the code of two networks
     differences: dict[str, tuple[object, object]] = {}
     for name in ("protocol", "protocol_version"):
         values = (getattr(a, name), getattr(b, name))
@@ -339,10 +341,12 @@ def _group(records: list[Record], side: str) -> Group:
 
 
 def _same_experiment(a: Record, b: Record) -> bool:
-    """Whether two records have one `experiment_key`. Training data count as equal where one record does not state them,
-    as older records do not."""
+    """Whether two records have one `experiment_key`. Training data and code of plug-ins count as equal where one
+    record does not state them, as older records do not."""
     if a.training and b.training and None in (a.training.dataset_sha256, b.training.dataset_sha256):
         a, b = (_without(each, "dataset_sha256", "latents_sha256") for each in (a, b))
+    if a.training and b.training and None in (a.training.plugins_sha256, b.training.plugins_sha256):
+        a, b = (_without(each, "plugins_sha256") for each in (a, b))
     return experiment_key(a) == experiment_key(b)
 
 

@@ -98,6 +98,9 @@ class Training(_Checked):
     # None in the fields below: not known (also in records from before these fields existed), or as said.
     dataset_sha256: str | None = None  # of the training images with their labels
     latents_sha256: str | None = None  # of the "latents" in the identity of a run; None: trained in pixels
+    auxiliary: str | None = None  # auxiliary loss, "repa:ENCODER:TAP"; None: none
+    auxiliary_gflops: float | None = None  # the part of `gflops` that is its encoder's forward passes and its heads'
+    plugins_sha256: str | None = None  # of the "plugins" in the identity of a run, their code; None: all is built in
     earlier_precision: str | None = None  # of a fork, "float32 to step 30"; None: `precision` from the first step on
     forked_at: int | None = None  # step of the other run's checkpoint with which training began; None: not a fork
     parent_sha256: str | None = None  # of the EMA weights of that checkpoint
@@ -170,6 +173,7 @@ class Evaluation(_Checked):
     reference_sha256: str | None = None
     training_sha256: str | None = None  # of the images that copies were sought in; None: the reference images
     mode: str | None = None  # a named variant of the metrics: "adm", "exact", "clean", "torch-fidelity"
+    code_sha256: str | None = None  # of the code of plug-ins that measured (metric, features, suite); None: built in
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -230,6 +234,7 @@ class Record(_Checked):
     params: int | None = None
     gflops: float | None = None  # per forward pass at this input (1 multiply-add = 1 flop)
     gflops_published_input: float | None = None  # per forward pass at the paper's input
+    gflops_source: str | None = None  # "traced": counted from the network; None: by a closed form, or not known
     training: Training | None = None
     sampling: Sampling | None = None
     evaluation: Evaluation | None = None

@@ -237,7 +237,20 @@ def _preference(record: Record) -> tuple:
 
 
 def _drop_superseded(found: dict[str, dict[str, tuple[Record, str]]]) -> None:
-    """Remove from `found` (see `load`) what was sought in the reference images before it was sought in the training images."""
+    """Remove from `found` (see `load`) what was sought in the reference images before it was sought in the training images,
+    and what was measured with other code of a plug-in than the newest measurement."""
+    by_code: dict[str, list[tuple[str, str]]] = {}  # identity without the code -> (time, identity) of measurements
+    for identity, by_id in found.items():
+        record = next(iter(by_id.values()))[0]
+        if record.evaluation is not None and record.evaluation.code_sha256 is not None:
+            evaluation = dataclasses.replace(record.evaluation, code_sha256=None)
+            time = record.environment.time if record.environment else None
+            without_code = dataclasses.replace(record, evaluation=evaluation).identity_sha256
+            by_code.setdefault(without_code, []).append((time or "", identity))
+    for without_code, measured in by_code.items():
+        found.pop(without_code, None)  # from before the code was recorded
+        for _, identity in sorted(measured)[:-1]:
+            del found[identity]
     for by_id in list(found.values()):
         record = next(iter(by_id.values()))[0]
         if record.evaluation is not None and record.evaluation.training_sha256 is not None:

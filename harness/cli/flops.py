@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import json_option
+from harness.cli.flags_from_settings import json_option, plugin_option
 from harness.compute import CONVENTION
-from harness.errors import UserError
+from harness.errors import RunError, UserError
 from harness.planning.flops_table import (
     PROTOCOL_ARGUMENTS,
     cascades,
@@ -33,6 +33,7 @@ from harness.systems.spec import CLASSIFIER_PASSES, System
 @click.option("--breakdown", is_flag=True, help="Also print the flops of each part of the network.")
 @click.option("--check", type=click.Choice(["fvcore"]), help="Also count with another package.")
 @click.option("--sampling", is_flag=True, help="Cost of one image of each system, with guidance and decoding.")
+@plugin_option
 @json_option
 def command(
     names: tuple[str, ...], protocol: str | None, breakdown: bool, check: str | None, sampling: bool, as_json: bool
@@ -68,10 +69,18 @@ def command(
     # a system that is only in the paper has no components
     rows += [system_row(each) for each in wanted_systems if each.components]
     notes = footnotes(rows)
+    failed = [row["fvcore_error"] for row in rows if "fvcore_error" in row]
     if as_json:
         document = {"convention": CONVENTION, "rows": rows, "footnotes": notes, "refused": refused}
         click.echo(json.dumps(document, indent=2))
-        return
+    else:
+        _print(rows, notes, refused, check)
+    if failed:  # last, so that it hides no row
+        raise RunError("; ".join(failed))
+
+
+def _print(rows: list[dict[str, Any]], notes: list[str], refused: list[dict[str, str]], check: str | None) -> None:
+    """Print everything for people."""
     show(rows, check=check)
     for row in rows:
         if "breakdown" in row:

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from harness import registry
-from harness.cli.flags_from_settings import json_option
+from harness.cli.flags_from_settings import json_option, plugin_option
 from harness.diffusion.samplers import option_text
 
 NOUNS = {
@@ -17,6 +17,7 @@ NOUNS = {
     "protocols": registry.protocols,
     "datasets": registry.datasets,
     "samplers": registry.samplers,
+    "auxiliary-losses": registry.auxiliary_losses,
     "suites": registry.suites,
     "features": registry.features,
     "metrics": registry.metrics,
@@ -89,6 +90,7 @@ METADATA = {
 
 @click.command("list")
 @click.argument("noun", type=click.Choice(list(NOUNS)), required=False)
+@plugin_option
 @json_option
 def command(noun: str | None, as_json: bool) -> None:
     """List the names of NOUN, or all names. Plug-ins are marked with their distribution; broken ones are reported."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from harness.cli.flags_from_settings import PATH, Value, json_option
+from harness.cli.flags_from_settings import PATH, Value, json_option, plugin_option
 from harness.cli.tables import print_report, print_table, table_console
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
@@ -29,6 +29,7 @@ STYLES = {"done": "green", "running": "bold", "failed": "red", "interrupted": "y
 
 @click.command("study")
 @click.argument("file", type=PATH, metavar="FILE.toml")
+@plugin_option(expose_value=True)
 @click.option(
     "--status", is_flag=True, help="Only show which runs are done, running or failed (and why), and what is left to do."
 )
@@ -53,6 +54,7 @@ STYLES = {"done": "green", "running": "bold", "failed": "red", "interrupted": "y
 @json_option
 def command(
     file: Path,
+    plugin: tuple[Path, ...],
     status: bool,
     only_report: bool,
     launcher: str,
@@ -76,7 +78,7 @@ def command(
         raise UserError("--slurm needs --launcher slurm")
     if jobs and launcher != "local":
         raise UserError("--jobs needs --launcher local; with slurm each run is one job")
-    study = expand(load(file))
+    study = expand(load(file).with_plugins(plugin))
     if status:
         now = overview(study, slurm.queue(study))
         click.echo(json.dumps(now.as_dict(), indent=2)) if as_json else print_overview(now)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import PATH, json_option
+from harness.cli.flags_from_settings import PATH, json_option, plugin_option
 
 MAX_LISTED = 5  # names of a list that are printed; --json has all
 
@@ -34,6 +34,7 @@ def command() -> None:
 
 @command.command("inspect", short_help="Say what a file is, and whether it fits a backbone.")
 @click.argument("file", type=PATH)
+@plugin_option
 @backbone_option
 @entry_option
 @json_option
@@ -47,6 +48,7 @@ def inspect(file: Path, backbone: str | None, entry: str | None, as_json: bool) 
 
 @command.command("import", short_help="Convert to safetensors with the harness's names.")
 @click.argument("file", type=PATH)
+@plugin_option
 @backbone_option
 @entry_option
 @out_option
@@ -72,6 +74,7 @@ def import_(file: Path, backbone: str | None, entry: str | None, out: Path | Non
     metavar="NAME",
     help="Public layout: dit, diffusers, guided-diffusion, ldm, ...",
 )
+@plugin_option
 @backbone_option
 @entry_option
 @out_option

@@ -8,7 +8,15 @@ modulation, residuals, look-ups and resampling are free.
 The paper (arXiv:2212.09748) states multiply-adds. The term for normalisations is fitted: with it, the paper's Tables 1, 4
 and 6 are reproduced to the printed digit, except DiT-B/4 (5.57 by the convention, 5.56 in print). So the multiply-adds
 alone are always given as well.
+
+What is summed over an index is a product that counts, however it is written. Tracing sees it where it is written as one
+operation (matmul, einsum, a convolution). An element-wise product and a sum behind it, such as the (h * c).sum(-1) of a
+selective scan, look like a gate and a mean to it and count nothing; element-wise updates such as a * h + x are free, as
+modulation and residuals are. `harness check` warns where such products are more than 1 % of a network: write them as a
+product, or declare their compute (`register_flops`).
 """
+
+from harness.compute.custom import register_flops as register_flops
 
 CONVENTION = (
     "1 multiply-add = 1 flop, plus 1 flop per element of counted normalisations (in a DiT block the two around "

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 
 from harness.compute.meta_torch import build_on_meta, example_inputs, neutral_state
-from harness.errors import RunError, UserError
+from harness.compute.trace_torch import FREE as FREE_IN_TRACE
+from harness.errors import RunError, UserError, one_line
 from harness.spec import BackboneSpec
 
-NORMS = ("aten::layer_norm", "aten::group_norm", "aten::batch_norm")
-_FREE_NAMES = """
-    abs add add_ addcmul avg_pool2d adaptive_avg_pool2d cat clamp contiguous copy_ cos div dropout dropout_ embedding
-    exp gelu leaky_relu_ log max_pool2d mean mul mul_ neg pad pow relu relu_ repeat rsqrt rsub sigmoid silu silu_ sin
-    softmax sqrt stack sub sum tanh unflatten upsample_bilinear2d upsample_nearest2d
-"""
-FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split()) | {"prim::PythonOp._SigmoidGelu"}  # GELU on CPUs
+NORMS = ("aten::layer_norm", "aten::group_norm", "aten::batch_norm", "aten::rms_norm")
+# What a torch.jit graph calls differently than the dispatcher, beside in-place variants.
+_FURTHER_NAMES = "chunk dropout flatten instance_norm log_softmax pad softmax unflatten"
+FREE = (
+    FREE_IN_TRACE
+    | {f"{name}_" for name in FREE_IN_TRACE}
+    | {f"aten::{name}" for name in _FURTHER_NAMES.split()}
+    | {"prim::PythonOp._SigmoidGelu"}  # GELU on CPUs
+)
 
 
 def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
@@ -45,15 +48,18 @@ def count_fvcore(spec: BackboneSpec, **overrides: Any) -> int:
         analysis = FlopCountAnalysis(net, inputs)
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         analysis.set_op_handle("aten::scaled_dot_product_attention", _attention)
+        analysis.set_op_handle("aten::_convolution_mode", _convolution_mode)
         for name in NORMS:
             analysis.set_op_handle(name, _input_elements)
         for name in FREE:
             analysis.set_op_handle(name, _zero_flops)  # a handler of None would keep fvcore's handler
-        by_module = analysis.by_module_and_operator()
+        try:
+            by_module = analysis.by_module_and_operator()
+        except Exception as error:  # fvcore and torch.jit can raise anything
+            raise RunError(f"backbone {spec.name!r}: fvcore cannot trace it: {one_line(error)}") from error
         if unknown := sorted(analysis.unsupported_ops()):
             raise RunError(
-                f"backbone {spec.name!r}: fvcore does not count {unknown[0]}; add it to FREE in"
-                " harness.compute.check_fvcore if it is free, or give fvcore a handler there"
+                f"backbone {spec.name!r}: fvcore does not count {unknown[0]}, so there is no second count of this network"
             )
     norms = {"layer_norm", "group_norm", "batch_norm"}  # as fvcore names them
     uncounted = sum(
@@ -78,6 +84,11 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
     """The multiply-adds of query x key and of scores x value, for inputs (N, heads, tokens, features)."""
     query, key, value = (_shape(tensor) for tensor in inputs[:3])
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _convolution_mode(inputs: list[Any], outputs: list[Any]) -> int:
+    """The multiply-adds of a convolution with padding="same" or "valid": a kernel's for each element of the output."""
+    return prod(_shape(outputs[0])) * prod(_shape(inputs[1])[1:])
 
 
 def _zero_flops(inputs: list[Any], outputs: list[Any]) -> int:

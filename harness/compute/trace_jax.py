@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from harness.compute.custom import Blind, Declaration, declaration
 from harness.errors import RunError, UserError, one_line
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
@@ -53,6 +54,10 @@ _FREE_NAMES = """
 """
 FREE = frozenset(_FREE_NAMES.split())
 """Primitives that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, random bits."""
+
+SUMS = frozenset({"reduce_sum", "cumsum"})
+PASSED_ON = frozenset({"reshape", "transpose", "squeeze", "convert_element_type", "broadcast_in_dim", "copy"})
+"""Primitives that leave element-wise products what they are."""
 
 _PATCHING = threading.Lock()  # of `_marking_calls`: the classes that it patches are shared by all threads
 
@@ -90,15 +95,20 @@ class _Counter:
         self.backbone = backbone
         self.uncounted_norms = uncounted_norms
         self.convolutions = convolutions  # paths of nnx.Conv layers, some of which compute a matrix product
+        self.blind = Blind()
+        self._times = 1  # how often the jaxpr runs that is being counted
 
-    def rows(self, jaxpr: Any, scope: str = "") -> list[ComputeRow]:
-        """Rows of a jaxpr and of the jaxprs that it calls. scope: name stack of the call that runs it."""
+    def rows(self, jaxpr: Any, scope: str = "", products: frozenset[int] = frozenset()) -> list[ComputeRow]:
+        """Rows of a jaxpr and of the jaxprs that it calls. scope: name stack of the call that runs it. products: which of
+        its arguments are element-wise products."""
         rows: list[ComputeRow] = []
+        summands = {jaxpr.invars[index] for index in products}  # variables that hold element-wise products
         for eqn in jaxpr.eqns:
             stack = f"{scope}/{eqn.source_info.name_stack}"
             # The innermost of the scopes "module<PATH>" that `_marking_calls` sets.
             module_path = (re.findall(r"module<([^>]*)>", stack) or [""])[-1]
             name = eqn.primitive.name
+            self._watch(eqn, name, module_path, summands)
             if name == "name" and eqn.params["name"] == MARK:
                 if not any(fnmatchcase(module_path, pattern) for pattern in self.uncounted_norms):
                     rows.append(ComputeRow(module_path, "norm", prod(eqn.invars[0].aval.shape)))
@@ -106,9 +116,16 @@ class _Counter:
                 kind, flops = COUNTED[name](eqn)
                 rows.append(ComputeRow(module_path, "conv" if module_path in self.convolutions else kind, flops))
             elif name in CALLS:
-                rows += self.rows(_inner_jaxpr(eqn.params[CALLS[name]]), stack)
+                inner = _inner_jaxpr(eqn.params[CALLS[name]])
+                given = {i for i, var in enumerate(eqn.invars) if not hasattr(var, "val") and var in summands}
+                fits = len(inner.invars) == len(eqn.invars)
+                rows += self.rows(inner, stack, frozenset(given) if fits else frozenset())
+            elif (declared := declaration(("jax", name))) is not None:
+                rows.append(ComputeRow(module_path, "custom", self._declared_flops(declared, eqn)))
             elif name == "scan":
+                self._times *= eqn.params["length"]
                 body = self.rows(_inner_jaxpr(eqn.params["jaxpr"]), stack)
+                self._times //= max(eqn.params["length"], 1)
                 rows += [row._replace(flops=row.flops * eqn.params["length"]) for row in body]
             elif name == "cond":
                 branches = [self.rows(_inner_jaxpr(branch), stack) for branch in eqn.params["branches"]]
@@ -122,12 +139,40 @@ class _Counter:
                 raise self.error(f"primitive {name}", module_path)
         return rows
 
+    def _declared_flops(self, declared: Declaration, eqn: Any) -> int:
+        """The flops of an equation whose primitive is declared."""
+        inputs = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in eqn.invars]
+        composed = None
+        if declared.composed is not None:
+            try:
+                inner = jax.make_jaxpr(functools.partial(declared.composed, **eqn.params))(*inputs)
+            except Exception as error:  # other people's code can raise anything
+                raise UserError(f"register_flops: composed of {declared.name} failed: {one_line(error)}") from error
+            composed = sum(row.flops for row in _Counter(self.backbone, (), frozenset()).rows(inner.jaxpr))
+        flops = composed if declared.count is None else declared.flops(*inputs, **eqn.params)
+        assert flops is not None
+        if composed is not None:
+            self.blind.declared.append((declared.name, flops, composed, 0.0))
+        return flops
+
+    def _watch(self, eqn: Any, name: str, module_path: str, summands: set[Any]) -> None:
+        """Note element-wise products of two arrays, and sums of such products."""
+        inputs = [var for var in eqn.invars if not hasattr(var, "val")]  # a literal has a value, and no hash
+        if name == "mul" and len(inputs) == 2:
+            # A square is that of a norm, and a factor that is one number is no product of a sum.
+            if inputs[0] is not inputs[1] and min(prod(var.aval.shape) for var in inputs) > 1:
+                summands.add(eqn.outvars[0])
+        elif name in PASSED_ON and inputs and inputs[0] in summands:
+            summands.add(eqn.outvars[0])
+        elif name in SUMS and inputs and inputs[0] in summands:
+            flops = prod(inputs[0].aval.shape) * self._times
+            self.blind.summed[module_path] = self.blind.summed.get(module_path, 0) + flops
+
     def error(self, what: str, module_path: str) -> RunError:
         """The error for a primitive whose cost is unknown. what: the primitive, as the message names it."""
         return RunError(
             f"backbone {self.backbone!r}: {what} in module {module_path or 'at the top'!r} is neither counted nor known"
-            " to be free; add it to COUNTED or to FREE in harness.compute.trace_jax, or give the backbone's spec a"
-            " closed_form"
+            " to be free; declare its compute with harness.compute.register_flops, or give the backbone's spec a closed_form"
         )
 
 
@@ -145,13 +190,20 @@ def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
     """Compute of one forward pass of the Flax network on one image, counted primitive by primitive.
 
     `overrides` are arguments of the builder. Rows are named by the path of the innermost module, which is its torch name.
-    `params` counts the `nnx.Param`s. Raises RunError for a primitive that is neither counted nor known to be free.
+    `params` counts the `nnx.Param`s. Raises RunError for a primitive that is neither counted, nor declared
+    (`harness.compute.register_flops`), nor known to be free.
     """
+    return trace_and_doubt(spec, **overrides)[0]
+
+
+def trace_and_doubt(spec: BackboneSpec, **overrides: Any) -> tuple[Compute, Blind]:
+    """As `trace`, with what the count may have missed."""
     jaxpr, net, _ = abstract_forward(spec, **overrides)
     params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
     convolutions = frozenset(_name(path) for path, module in nnx.iter_modules(net) if isinstance(module, nnx.Conv))
-    rows = _Counter(spec.name, spec.uncounted_norms, convolutions).rows(jaxpr.jaxpr)
-    return Compute(params=params, rows=tuple(rows), source="traced")
+    counter = _Counter(spec.name, spec.uncounted_norms, convolutions)
+    rows = counter.rows(jaxpr.jaxpr)
+    return Compute(params=params, rows=tuple(rows), source="traced"), counter.blind
 
 
 def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Module, jax.ShapeDtypeStruct]:

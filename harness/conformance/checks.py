@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from harness.compute.custom import Blind
 from harness.conformance.network import Failure, Inputs, Network, Output, make_inputs, move_weights
 from harness.errors import RunError, UserError, one_line, shown
-from harness.spec import BackboneSpec
+from harness.spec import BackboneSpec, Compute
 
 IMAGES = 3  # in a batch
 MANY_IMAGES = 16
@@ -23,6 +24,8 @@ FEW_CLASSES = 4  # that the null label is told apart from, beside the last one
 SAME_IMAGE = 1e-4  # relative difference between an image alone and in a batch: the order of sums may differ
 MATTERS = 1e-6  # relative change of the output from which on an input counts as used
 FROZEN = 0.1  # largest share of the numbers in parameters that may be fixed
+NOTABLE = 0.01  # share of a network's flops from which on sums that are not counted are worth a remark
+SAME_OPERATION = 1e-3  # relative difference of a custom operation from its composed version
 BFLOAT16 = 0.1  # relative difference of a pass in bfloat16, root mean square
 
 
@@ -315,21 +318,82 @@ def bfloat16(subject: Subject) -> str | None:
 
 
 def compute(subject: Subject) -> str | None:
-    """Every operation is counted, and the closed form states what the network does."""
+    """Every operation is counted, and what the package states, its closed form and its declarations, is what there is."""
     if subject.framework == "torch":
-        from harness.compute.trace_torch import trace
+        from harness.compute.trace_torch import trace_and_doubt
     else:
-        from harness.compute.trace_jax import trace
-    traced = trace(subject.spec, **subject.arguments)
+        from harness.compute.trace_jax import trace_and_doubt
+    traced, blind = trace_and_doubt(subject.spec, **subject.arguments)
+    closed_form(subject, traced)
+    _check_declarations(blind)
+    remarks = []
     if subject.spec.closed_form is None:
-        return f"the compute is traced: {traced.gflops:.4g} Gflops, {traced.params:,} parameters"
+        remarks.append(f"the compute is traced: {traced.gflops:.4g} Gflops, {traced.params:,} parameters")
+    if subject.framework == "torch":
+        _check_on_device(subject, traced)
+    if blind.silent:
+        remarks.append(
+            f"autograd.Function {', '.join(dict.fromkeys(blind.silent))} counts nothing, because nothing is computed in it on "
+            "the meta device; declare its compute with harness.compute.register_flops"
+        )
+    summed = sum(blind.summed.values())
+    if summed > NOTABLE * (traced.flops + summed):
+        path = max(blind.summed, key=lambda name: blind.summed[name])
+        remarks.append(
+            f"element-wise products that are summed, {summed:,} multiply-adds beside {traced.flops:,} flops, are not counted, "
+            f"such as in module {path or 'at the top'!r}; write them as a product (einsum, matmul), or declare them with "
+            "harness.compute.register_flops"
+        )
+    return "; ".join(remarks) or None
+
+
+def closed_form(subject: Subject, traced: Compute | None = None) -> None:
+    """The closed form states the flops and the parameters that the network has. traced: if they were counted before."""
+    if subject.spec.closed_form is None:
+        return
+    if traced is None:
+        if subject.framework == "torch":
+            from harness.compute.trace_torch import trace
+        else:
+            from harness.compute.trace_jax import trace
+        traced = trace(subject.spec, **subject.arguments)
     stated = subject.spec.count(**subject.arguments)
     if (stated.flops, stated.params) != (traced.flops, traced.params):
         raise Failure(
             f"expected {traced.flops:,} flops and {traced.params:,} parameters, as traced from the network, came "
             f"{stated.flops:,} and {stated.params:,} from closed_form of the spec"
         )
-    return None
+
+
+def _check_declarations(blind: Blind) -> None:
+    """Raise `Failure` for a declared operation that its composed version contradicts."""
+    for name, declared, composed, difference in blind.declared:
+        if declared != composed:
+            raise Failure(
+                f"expected {composed:,} flops of {name}, as its composed version has, came {declared:,} from its declaration"
+            )
+        if difference > SAME_OPERATION:
+            raise Failure(
+                f"expected the values of its composed version from {name}, came a difference of {difference:.2g} of their "
+                "standard deviation: what is counted is not what is computed"
+            )
+
+
+def _check_on_device(subject: Subject, traced: Compute) -> None:
+    """Raise `Failure` if a call on the CPU has another count than the trace, which runs on the meta device."""
+    from harness.compute.trace_torch import count_call
+    from harness.conformance.torch_network import TorchNetwork
+
+    network = subject.moved
+    assert isinstance(network, TorchNetwork)
+    flops, blind = count_call(subject.spec, network.net.eval(), network.tensors(subject.inputs(1)))
+    _check_declarations(blind)
+    if flops != traced.flops:
+        raise Failure(
+            f"expected {flops:,} flops, as counted on the CPU, came {traced.flops:,} from the trace on the meta device: a branch "
+            "for tensors without values (is_meta) leaves out what is computed; compute the same there, or declare it with "
+            "harness.compute.register_flops"
+        )
 
 
 def one_graph(subject: Subject) -> str | None:
@@ -369,11 +433,12 @@ QUICK: dict[str, Check] = {
     "images do not depend on each other": images_alone,
     "training and sampling mode": training_mode,
     "gradients": gradients,
+    "closed form": closed_form,
 }
 """Those that `harness run` and `harness train` do before the first step of a network that is not built in."""
 CHECKS: dict[str, Check] = {
     "builder": builds,
-    **QUICK,
+    **{name: check for name, check in QUICK.items() if check is not closed_form},  # which is in "compute"
     "other sizes": other_sizes,
     "fractional times": fractional_times,
     "save and load": save_and_load,

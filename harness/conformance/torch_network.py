@@ -40,6 +40,10 @@ class TorchNetwork:
         written = tuple(name for name, array in inputs.items() if not np.array_equal(tensors[name].numpy(), array))
         return Output(values=out.float().numpy(), dtype=str(out.dtype).removeprefix("torch."), written=written)
 
+    def tensors(self, inputs: Inputs) -> list[Tensor]:
+        """The inputs as tensors, for a direct call of `net`."""
+        return list(_tensors(inputs).values())
+
     def gradients(self, inputs: Inputs, images: slice) -> tuple[np.ndarray, dict[str, np.ndarray | None]]:
         self.net.train()
         tensors = _tensors(inputs)

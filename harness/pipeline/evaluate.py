@@ -356,6 +356,10 @@ def _measure(
         mode=suite.mode,
     )
     searching = {metric.key for metric in suite.metrics if metric.needs_training}
+    plugins = {metric.key: suite.plugins_sha256(metric) for metric in suite.metrics}
+    about_here = environment(config.device)
+    codes = [code for metric in suite.metrics for code in suite.plugins(metric).values()]
+    about_here["versions"] |= {code.name: code.version or code.sha256[:12] for code in codes}
     of_training = dataclasses.replace(evaluation, training_sha256=config.training_sha256)
     return [
         Record(
@@ -371,8 +375,11 @@ def _measure(
             protocol_version=_version(protocol),
             resolution=protocol.resolution,
             dataset=protocol.dataset,
-            evaluation=of_training if measurement.metric in searching else evaluation,
-            environment=Environment(**environment(config.device), **(timing or {})),
+            evaluation=dataclasses.replace(
+                of_training if measurement.metric in searching else evaluation,
+                code_sha256=plugins.get(measurement.metric),
+            ),
+            environment=Environment(**about_here, **(timing or {})),
             **about.arguments(),
         )
         for measurement in measurements
@@ -455,6 +462,8 @@ def evaluate_and_record(
         existing = existing_records(records, about, protocol, config.suite, reference, config.training_sha256)
     if group.broadcast(int(existing is not None)):
         measured += existing or []
+        if existing:
+            logger.info(f"already measured: {path} by suite {config.suite.name}; nothing is computed")
         return measured
     shards = records.with_name(f".{records.name}.parts")  # features that the other processes compute for the main one
     if group.size > 1:
@@ -485,6 +494,7 @@ def existing_records(
     order = [metric.key for metric in suite.metrics]
     searching = {metric.key for metric in suite.metrics if metric.needs_training}
     needed = set(order) - (searching if reference_sha256 is None else set())
+    plugins = {metric.key: suite.plugins_sha256(metric) for metric in suite.metrics}  # edited code measures anew
     measured_on = (protocol.name, _version(protocol), protocol.dataset)
     measured_by = (suite.name, str(suite.version), suite.features.name)
     matching = [
@@ -494,6 +504,7 @@ def existing_records(
         and all(getattr(record, field) == value for field, value in about.arguments().items())
         and (evaluation := record.evaluation) is not None
         and (evaluation.suite, evaluation.suite_version, evaluation.features) == measured_by
+        and evaluation.code_sha256 == plugins.get(record.metric)
         and reference_sha256 in (None, evaluation.reference_sha256)
         and (
             reference_sha256 is None

@@ -302,6 +302,8 @@ def sample_run(
             params=request.compute.params,
             gflops=request.compute.gflops,
             gflops_published_input=published_input_gflops(request),
+            gflops_source="traced" if request.compute.source == "traced" else None,
+            auxiliary=request.auxiliary,
             evaluations=request.evaluations(steps),
             decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
             origin={**run.training_data, **run.fork},

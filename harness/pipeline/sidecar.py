@@ -16,6 +16,7 @@ from typing import Any
 
 from harness import protocols
 from harness.compute import TRAINING_FACTOR
+from harness.diffusion.auxiliary import AuxiliaryCompute
 from harness.diffusion.samplers import has_eta
 from harness.errors import UserError, shown
 from harness.images.open import open_images
@@ -42,6 +43,7 @@ class RecordFields:
     params: int | None = None
     gflops: float | None = None
     gflops_published_input: float | None = None
+    gflops_source: str | None = None
     training: Training | None = None
     sampling: Sampling
 
@@ -136,12 +138,19 @@ def fields_of_run(
     params: int,
     gflops: float,  # of a forward pass
     gflops_published_input: float | None,
+    gflops_source: str | None = None,  # as in a record
+    auxiliary: AuxiliaryCompute | None = None,  # of the recipe's auxiliary loss
     evaluations: int | None,  # None: not known before sampling, as for an adaptive sampler
     decoder_gflops: float | None,  # of an image; None: nothing to decode
     origin: Mapping[str, Any] | None = None,  # fields of `Training` on its data and its fork; None: not known
 ) -> RecordFields:
     """The record fields of a sample set of a run."""
     sampling, decoder = sample_set.sampling, sample_set.decoder
+    images = sample_set.step * recipe.batch
+    training_gflops = (
+        gflops * sample_set.step * recipe.batch * TRAINING_FACTOR
+    )  # another order could change the last bit
+    auxiliary_gflops = None if auxiliary is None else auxiliary.training_flops * images / 1e9
     return RecordFields(
         system=backbone,
         backbone=backbone,
@@ -150,10 +159,12 @@ def fields_of_run(
         params=params,
         gflops=gflops,
         gflops_published_input=gflops_published_input,
+        gflops_source=gflops_source,
         training=Training(
             steps=sample_set.step,
-            images=sample_set.step * recipe.batch,
-            gflops=gflops * sample_set.step * recipe.batch * TRAINING_FACTOR,  # another order could change the last bit
+            images=images,
+            gflops=training_gflops + (auxiliary_gflops or 0.0),
+            auxiliary_gflops=auxiliary_gflops,
             precision=resolved.precision,
             micro_batch=resolved.micro_batch,
             checkpoint_sha256=sample_set.checkpoint_sha256,
@@ -255,6 +266,7 @@ def _recipe_fields(recipe: protocols.Recipe, seed: int) -> dict[str, Any]:
         "noise_scale": None if recipe.noise_scale == 1 else recipe.noise_scale,
         "ema_widths": recipe.ema_widths or None,
         "ema_snapshots": recipe.ema_snapshots if recipe.widths else None,
+        "auxiliary": recipe.auxiliary or None,
         "recipe_hash": files.sha256_json(recipe_identity(recipe)),
     }
 
@@ -306,7 +318,7 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
     gflops: float | None = 0.0  # None as soon as one part is not a run
     for name, part in sorted(system.parts.items()):
         trained = sources[name].trained
-        if trained is None or gflops is None:
+        if trained is None or gflops is None or trained.recipe.auxiliary:  # whose compute is not known here
             gflops = None
         else:
             gflops += part.spec.count(**part.arguments).gflops * trained.images * TRAINING_FACTOR

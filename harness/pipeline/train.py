@@ -30,7 +30,16 @@ from harness.planning.request import Request
 from harness.protocols import Protocol
 from harness.runs import checkpoints
 from harness.runs.provenance import environment
-from harness.runs.run import RUNS_FOLDER, Resolved, Run, create_run, find_run, identity_difference, open_run
+from harness.runs.run import (
+    RUNS_FOLDER,
+    Resolved,
+    Run,
+    create_run,
+    find_run,
+    identity_difference,
+    open_run,
+    without_plugins,
+)
 from harness.settings import DEFAULT_PROTOCOL, RunOptions, TrainOptions, frozen_settings, keyword_options
 
 logger = logging.getLogger(__name__)
@@ -179,6 +188,9 @@ class RunSession:
                     f"{run.folder} was created with {name} {frozen}, which is frozen because it decides bits; leave out "
                     f"--{name.replace('_', '-')}, or make another run of it with --fork {run.folder} --out NEW"
                 )
+        for role, code in self.spec.plugins.items():
+            if role not in run.identity.get("plugins", {}):
+                logger.info(f"note     {run.folder} does not state the code of its {role}; it goes on with {code}")
         resolved = run.resolved
         logger.info(
             f"  run         {run.folder}  ({resolved.precision}, micro-batches of {resolved.micro_batch}, {resolved.device})"
@@ -188,24 +200,32 @@ class RunSession:
     def _check_network(self) -> None:
         """Raise `UserError` if a network that is not built in fails one of the quick checks of `harness check`.
 
-        Networks of more than QUICKLY_CHECKED parameters are not checked, because they would be built once more.
+        Of networks of more than QUICKLY_CHECKED parameters, which would be built once more, only the closed form is checked.
         """
         request, spec = self.request, self.request.spec
         if registry.backbones.owner(spec.name) == registry.OWN_DISTRIBUTION:
             return
         if spec.null_label is None and request.recipe.label_dropout and spec.kind in ("denoiser", "upsampler"):
             logger.info(f"note     {spec.name} has no null label, so labels are not dropped in training")
-        if request.compute.params <= QUICKLY_CHECKED:
-            from harness.conformance.suite import check_quickly
+        from harness.conformance.suite import check_closed_form, check_quickly
 
+        if request.compute.params <= QUICKLY_CHECKED:
             check_quickly(spec, request.framework, request.arguments)
+        else:
+            check_closed_form(spec, request.framework, request.arguments)  # needs no memory
 
     def measure(
         self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
     ) -> Measured:
-        """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it."""
+        """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it.
+
+        Neither includes the heads and the encoder of an auxiliary loss.
+        """
+        if self.request.recipe.auxiliary and compile == "on":
+            raise UserError("an auxiliary loss taps into the network, which --compile on does not allow; leave it out")
+        mode = "off" if self.request.recipe.auxiliary else compile
         self._net, measured = get_backend(self.request.framework).measure(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=compile
+            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=mode
         )
         return measured
 
@@ -228,10 +248,10 @@ class RunSession:
         checkpoint = checkpoints.newest(parent.checkpoints)
         if checkpoint is None:
             raise UserError(f"--fork {source} has no checkpoint yet")
-        if parent.identity != self.spec.identity:
-            raise UserError(
-                f"--fork {source} is another experiment: {identity_difference(parent.identity, self.spec.identity)}"
-            )
+        # A fork may go on with changed code of a plug-in.
+        then, now = map(without_plugins, (parent.identity, self.spec.identity))
+        if then != now:
+            raise UserError(f"--fork {source} is another experiment: {identity_difference(then, now)}")
         target = self.folder / "checkpoints" / checkpoint.folder.name
         if self.group.is_main:
             with files.explained(self.folder):

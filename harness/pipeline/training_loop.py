@@ -26,7 +26,7 @@ from harness.io.progress import Bar
 from harness.loggers import Loggers
 from harness.runs import checkpoints
 from harness.runs.provenance import TrainingTime, versions_in_turn
-from harness.runs.run import Run
+from harness.runs.run import Run, training_plugins
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,8 @@ def train(
     if group.is_main and done in snapshots_due:  # the process may have been killed after it wrote the checkpoint
         keep_snapshot(run, done)
     training_time = TrainingTime(None if checkpoint is None else checkpoint.state, device)
-    versions = versions_in_turn(None if checkpoint is None else checkpoint.state, run.framework)
+    plugins = training_plugins(run.backbone, run.recipe)
+    versions = versions_in_turn(None if checkpoint is None else checkpoint.state, run.framework, plugins.values())
     batch = run.recipe.batch
     with (
         _log(run.log, done, group) as log,

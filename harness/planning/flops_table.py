@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from harness.diffusion.sampler_plan import not_known
-from harness.errors import UserError
+from harness.errors import RunError, UserError
 from harness.protocols import get_protocol
 from harness.registry import systems
 from harness.spec import BackboneSpec, Compute
@@ -61,7 +61,7 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
     """The row of a network, as plain data.
 
     overrides: builder arguments. breakdown: whether the row has the flops by part. check: "fvcore" also counts with that
-    package; None: no check.
+    package; None: no check. "fvcore_error" says why there is no such count.
 
     `difference` is our Gflops, rounded to the decimals of the paper's value, minus that value; None without one.
     """
@@ -90,7 +90,10 @@ def make_row(spec: BackboneSpec, overrides: dict[str, Any], *, breakdown: bool, 
     if check == "fvcore":
         from harness.compute.check_fvcore import count_fvcore
 
-        row["fvcore_gflops"] = count_fvcore(spec, **overrides) / 1e9
+        try:
+            row["fvcore_gflops"] = count_fvcore(spec, **overrides) / 1e9
+        except RunError as error:  # the other rows have a count
+            row["fvcore_error"] = str(error)
     if breakdown:
         row["breakdown"] = breakdown_rows(compute)
     return row

@@ -18,11 +18,20 @@ from typing import Any
 
 from harness import registry
 from harness.compute import TRAINING_FACTOR
+from harness.diffusion.auxiliary import AuxiliaryCompute
 from harness.diffusion.sampler_plan import guided_evaluations, not_known
 from harness.diffusion.samplers import is_adaptive
 from harness.errors import UserError
 from harness.planning.reference import Reference
-from harness.planning.request import Match, Request, check_guidance_interval, check_plans, make_request, plan_of
+from harness.planning.request import (
+    Match,
+    Request,
+    auxiliary_compute,
+    check_guidance_interval,
+    check_plans,
+    make_request,
+    plan_of,
+)
 from harness.protocols import Protocol, Recipe, Sampling
 from harness.runs.run import build_arguments
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, RunOptions, SamplingSettings, TrainOptions, only_one
@@ -84,7 +93,7 @@ def matched(
     """
     if match is not None or budget is not None:
         reference, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
-        result = solve_training(request.compute, request.recipe, reference, target)
+        result = solve_training(request.compute, request.recipe, reference, target, request.auxiliary)
         recipe = dataclasses.replace(request.recipe, steps=result.steps)
         request = dataclasses.replace(request, recipe=recipe, match=result)
     return request if sampling is None else match_sampling(request, sampling)
@@ -108,12 +117,20 @@ def training_target(
     return name, Fraction(step_flops(compute, recipe) * steps)
 
 
-def solve_training(compute: Compute, recipe: Recipe, reference: str | None, target: Fraction) -> Match:
+def solve_training(
+    compute: Compute,
+    recipe: Recipe,
+    reference: str | None,
+    target: Fraction,
+    auxiliary: AuxiliaryCompute | None = None,
+) -> Match:
     """The whole number of steps, at least 1, whose training compute is nearest to `target` flops.
 
-    reference, target: as `training_target` returns them.
+    reference, target: as `training_target` returns them, whose reference has no auxiliary loss. auxiliary: of the recipe.
     """
     flops_of_step = step_flops(compute, recipe)
+    if auxiliary is not None:
+        flops_of_step += auxiliary.training_flops * recipe.batch
     steps = max(1, nearest_count(target, flops_of_step))
     if steps > MAX_STEPS:
         raise UserError(
@@ -252,14 +269,24 @@ def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: st
 
     where: begins the messages of `UserError`.
     """
-    objective = registry.objectives.get(recipe.objective)
     try:
-        compute = spec.count(**build_arguments(spec, protocol, objective.out_channels(protocol.in_channels)))
+        compute = spec.count(**_arguments(spec, protocol, recipe))
     except UserError as error:
         raise UserError(f"{where}{error}") from error
     if compute.flops < 1:
         raise UserError(f"{where}backbone {spec.name!r} has no compute, so nothing can be matched to it")
     return compute
+
+
+def _arguments(spec: BackboneSpec, protocol: Protocol, recipe: Recipe) -> dict[str, Any]:
+    """The builder's arguments of a denoiser at the protocol's input."""
+    objective = registry.objectives.get(recipe.objective)
+    return build_arguments(spec, protocol, objective.out_channels(protocol.in_channels))
+
+
+def auxiliary_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe) -> AuxiliaryCompute | None:
+    """The compute of the recipe's auxiliary loss on that backbone at the protocol's input; None: it has none."""
+    return auxiliary_compute(spec, _arguments(spec, protocol, recipe), protocol, recipe)
 
 
 def _reference_spec(reference: Reference, where: str) -> BackboneSpec:
@@ -289,7 +316,8 @@ def budget_table(
             continue
         try:
             compute = compute_of(spec, protocol, recipe)
-            match_of_backbone = solve_training(compute, recipe, reference, target)
+            auxiliary = auxiliary_of(spec, protocol, recipe)
+            match_of_backbone = solve_training(compute, recipe, reference, target, auxiliary)
         except UserError as error:
             left_out.append({"name": spec.name, "reason": str(error)})
             continue

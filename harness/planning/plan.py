@@ -19,12 +19,17 @@ from harness.runs import checkpoints
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingCost:
-    """Training: optimiser steps, images per batch, images in total, Gflops in total."""
+    """Training: optimiser steps, images per batch, images in total, Gflops in total, those of an auxiliary loss included.
+
+    auxiliary: of the recipe's auxiliary loss, for one image: "encoder_gflops" (forward alone), "heads_gflops" (one pass, of
+    which training counts three); and "gflops" in total. None: it has none.
+    """
 
     steps: int
     batch: int
     images: int
     gflops: float
+    auxiliary: dict[str, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +108,8 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON. An interval and a rule of guidance appear where there is one."""
         data = dataclasses.asdict(self)
+        if self.training.auxiliary is None:
+            del data["training"]["auxiliary"]
         for row in data["sampling"]:
             for name in ("guidance_interval", "guidance_rule"):
                 if not row[name]:
@@ -122,6 +129,17 @@ def make_plan(request: Request, *, check_files: bool = False) -> Plan:
     reasons = missing(request)
     if check_files:
         reasons += [*unfit_data(request), *missing_decoder(request)]
+    training = TrainingCost(
+        steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.gflops * images * TRAINING_FACTOR
+    )
+    if request.auxiliary is not None:
+        extra = request.auxiliary
+        gflops = extra.training_flops * images / 1e9
+        training = dataclasses.replace(
+            training,
+            gflops=training.gflops + gflops,
+            auxiliary={"encoder_gflops": extra.encoder / 1e9, "heads_gflops": extra.heads / 1e9, "gflops": gflops},
+        )
     # A part of a system, such as an upsampler, cannot generate images alone.
     sampler_steps = sampling.steps if request.spec.kind == "denoiser" else ()
     return Plan(
@@ -132,9 +150,7 @@ def make_plan(request: Request, *, check_files: bool = False) -> Plan:
         gflops=compute.gflops,
         gflops_source=compute.source,
         gflops_published_input=published_input_gflops(request),
-        training=TrainingCost(
-            steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.gflops * images * TRAINING_FACTOR
-        ),
+        training=training,
         sampling=tuple(_sampling_cost(request, steps) for steps in sampler_steps),
         match=request.match,
         match_sampling=request.match_sampling,

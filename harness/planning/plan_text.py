@@ -24,8 +24,14 @@ def costs_text(plan: Plan) -> str:
         f"  parameters  {plan.params / 1e6:,.2f} M",
         f"  Gflops      {gflops}  ({plan.gflops_source})",
         f"  training    {training.steps:,} steps x {training.batch} images x 3 x {gflops_text(plan.gflops)} Gflops"
-        f" = {training.gflops:.4g} Gflops",
+        f" = {training.gflops - (training.auxiliary or {}).get('gflops', 0.0):.4g} Gflops",
     ]
+    if (extra := training.auxiliary) is not None:
+        lines.append(
+            f"  auxiliary   {plan.recipe['auxiliary']}: {training.images:,} images x ({gflops_text(extra['encoder_gflops'])} of the "
+            f"encoder + 3 x {gflops_text(extra['heads_gflops'])} of the heads) = {extra['gflops']:.4g} Gflops; training in all "
+            f"{training.gflops:.4g}"
+        )
     for row in plan.sampling:
         guidance = f", guidance {row.guidance.short}" if row.guidance_scale != 1 else ""
         if row.gflops is None:

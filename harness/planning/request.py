@@ -12,6 +12,7 @@ from typing import Any
 from harness import registry
 from harness.compute import TRAINING_FACTOR
 from harness.data.examples import Examples
+from harness.diffusion.auxiliary import AuxiliaryCompute, read_auxiliary
 from harness.diffusion.processes import PROCESSES
 from harness.diffusion.sampler_plan import (
     NOMINAL_EVALUATIONS,
@@ -25,12 +26,13 @@ from harness.engines.ema import snapshot_steps
 from harness.errors import UserError
 from harness.frameworks.installed import check_installed
 from harness.protocols import Protocol, Recipe, Sampling, get_protocol, override
-from harness.runs.run import Run, RunSpec, build_arguments
+from harness.runs.run import Run, RunSpec, build_arguments, check_plugins, training_plugins
 from harness.spec import BackboneSpec, Compute
 
 IN_CONTINUOUS_TIME = "dpm++-2m"  # the sampler where the protocol's needs timesteps and the user names none
 ADAPTIVE_STEPS = (1,)  # the `Sampling.steps` of an adaptive sampler: one sample set; the number means nothing
 CHECKPOINT_BYTES = 16  # per parameter: weight, EMA and two moments in float32
+HEAD_BYTES = 12  # per parameter of the heads of an auxiliary loss, which have no EMA
 WEIGHT_BYTES = 4  # per parameter of an average of the weights (float32)
 
 
@@ -48,18 +50,21 @@ class Request:
     data: Path | None
     arguments: dict[str, Any]  # of the network's builder, where they may differ from its defaults
     compute: Compute
+    auxiliary: AuxiliaryCompute | None = None  # None: the recipe has no auxiliary loss
     match: Match | None = None  # set if the training steps were matched
     match_sampling: tuple[Match, ...] = ()  # set if the sampler steps were matched
 
     @property
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
-        return self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+        gflops = self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+        return gflops if self.auxiliary is None else gflops + self.auxiliary.training_flops * self.recipe.batch / 1e9
 
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint, with the averages of the recipe's `ema_widths`."""
-        return (CHECKPOINT_BYTES + WEIGHT_BYTES * len(self.recipe.widths)) * self.compute.params
+        heads = 0 if self.auxiliary is None else HEAD_BYTES * self.auxiliary.params
+        return (CHECKPOINT_BYTES + WEIGHT_BYTES * len(self.recipe.widths)) * self.compute.params + heads
 
     def snapshot_bytes(self, steps: Collection[int] = ()) -> int:
         """Disk space of all saved averages of the recipe's `ema_widths`; those of the last step are in its checkpoint.
@@ -77,6 +82,8 @@ class Request:
             recipe=self.recipe,
             seed=self.seed,
             framework=self.framework,
+            plugins=training_plugins(self.spec.name, self.recipe),
+            auxiliary=self.auxiliary,
             **data.identity,
         )
 
@@ -127,10 +134,21 @@ def make_request(
 
 
 def request_of_run(run: Run, *, sampling: dict[str, Any], samples: int | None = None) -> Request:
-    """The request of an existing run; `sampling` overrides the sampling settings of its protocol."""
+    """The request of an existing run; `sampling` overrides the sampling settings of its protocol.
+
+    Raises `UserError` if the run needs a plug-in file that was not given, or was trained with other code of a plug-in.
+    """
+    there = run.backbone in registry.backbones and run.recipe.objective in registry.objectives
+    if run.plugin_files and not there:
+        words = " ".join(f"--plugin {name}" for name in run.plugin_files)
+        raise UserError(
+            f"{run.folder} was made with a plug-in file, which is executed only if you name it: add {words}"
+        )
+    if there:
+        check_plugins(run, training_plugins(run.backbone, run.recipe), sampling=True)
     return resolve_request(
         run.backbone, run.protocol, run.recipe, seed=run.seed, framework=run.framework, data=None, sampling=sampling,
-        samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing,
+        samples=samples, gradient_checkpointing=run.resolved.gradient_checkpointing, auxiliary=run.auxiliary,
     )  # fmt: skip
 
 
@@ -145,11 +163,12 @@ def resolve_request(
     sampling: dict[str, Any] | None,
     samples: int | None,
     gradient_checkpointing: bool,
+    auxiliary: AuxiliaryCompute | None = None,
 ) -> Request:
     """The request, after checking that backbone, protocol, recipe and sampling settings fit together.
 
     A schedule in continuous time is sampled by IN_CONTINUOUS_TIME if the protocol's sampler goes over timesteps and
-    `sampling` names none. sampling, samples: as in `make_request`. Raises `UserError` for what does not fit, or if the framework is not installed.
+    `sampling` names none. sampling, samples: as in `make_request`. auxiliary: of an existing run, whose encoder sampling does not need. Raises `UserError` for what does not fit, or if the framework is not installed.
     """
     spec = registry.backbones.get(backbone)
     if spec.kind == "generator":
@@ -204,7 +223,38 @@ def resolve_request(
     return Request(
         spec=spec, protocol=protocol, recipe=recipe, sampling=sampling_settings, samples=samples or protocol.samples,
         seed=seed, framework=framework, data=data, arguments=arguments, compute=spec.count(**arguments),
+        auxiliary=auxiliary or auxiliary_compute(spec, arguments, protocol, recipe, framework),
     )  # fmt: skip
+
+
+def auxiliary_compute(
+    spec: BackboneSpec, arguments: dict[str, Any], protocol: Protocol, recipe: Recipe, framework: str = "torch"
+) -> AuxiliaryCompute | None:
+    """The compute of the recipe's auxiliary loss, which imports torch; None: it has none.
+
+    Raises `UserError` for unknown names and taps, for a framework without it, and for a protocol in latents.
+    """
+    if not recipe.auxiliary:
+        return None
+    wanted = read_auxiliary(recipe.auxiliary)
+    loss = registry.auxiliary_losses.get(wanted.name)
+    if framework not in loss.builders:
+        raise UserError(
+            f"auxiliary loss {wanted.name!r} has no heads in {framework}; use --framework {next(iter(loss.builders))}"
+        )
+    if spec.kind != "denoiser":
+        raise UserError(f"auxiliary loss {wanted.name!r} is for denoisers, and {spec.name!r} is of kind {spec.kind}")
+    if loss.needs_encoder and not wanted.encoder:
+        raise UserError(
+            f"auxiliary loss {wanted.name!r} needs an encoder, as in {wanted.name}:efficientnet-lite0-96:{wanted.taps[0]}"
+        )
+    if wanted.encoder and protocol.space == "latents":
+        raise UserError(
+            f"auxiliary loss {wanted.name!r}: its encoder needs images, and protocol {protocol.name!r} trains on latents"
+        )
+    from harness.engines.torch.auxiliary import count
+
+    return count(spec, spec.arguments(**arguments), wanted)
 
 
 def check_plans(recipe: Recipe, sampling: Sampling) -> None:

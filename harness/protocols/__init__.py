@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness.diffusion.auxiliary import read_auxiliary
 from harness.diffusion.guidance import Guidance, below_one, read_guidance
 from harness.diffusion.samplers import canonical_sampler
 from harness.errors import UserError, shown
@@ -68,6 +69,8 @@ class Recipe:
     ema_widths: str = field(default="", metadata=ADDED_LATER)
     # How many times they are saved in a training, at even distances, for `harness sample --ema-width`.
     ema_snapshots: int = field(default=8, metadata=ADDED_LATER)
+    # Auxiliary loss with trained heads, as in "repa:efficientnet-lite0-96:blocks.2:0.5" (`harness.diffusion.auxiliary`); "": none.
+    auxiliary: str = field(default="", metadata=ADDED_LATER)
 
     @property
     def widths(self) -> tuple[float, ...]:
@@ -77,6 +80,8 @@ class Recipe:
     def __post_init__(self) -> None:
         # One text for one set of widths: 0.10:0.05 is the same recipe, with the same identity, as 0.05:0.1.
         object.__setattr__(self, "ema_widths", ":".join(map(repr, _read_widths(self.ema_widths))))
+        if self.auxiliary:  # in its one form, as the widths
+            object.__setattr__(self, "auxiliary", str(read_auxiliary(self.auxiliary)))
         _check_finite(self, "recipe")
         for name in ("steps", "batch", "learning_rate", "diffusion_steps", "noise_scale", "ema_snapshots"):
             if not getattr(self, name) > 0:

@@ -1,7 +1,8 @@
 """Checkpoints: safetensors files and a JSON state in a folder, which gets its name when it is complete.
 
     step-00000400/{model,ema,first_moment,second_moment}.safetensors, state.json (step, checksums, training time)
-    and one ema-WIDTH.safetensors for each of the recipe's ema_widths
+    and one ema-WIDTH.safetensors for each of the recipe's ema_widths; heads, heads_first_moment and heads_second_moment
+    with an auxiliary loss
 
 Nothing in them can execute code. Every part is checked against its SHA-256 before it is used.
 """

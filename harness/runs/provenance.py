@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from harness._version import VERSION
 from harness.errors import UserError
+from harness.plugins.code import Code
 from harness.runs.samples import find_sidecar
 
 LIBRARIES = (
@@ -67,16 +68,19 @@ def environment(device: str) -> EnvironmentFields:
     }
 
 
-def versions_in_turn(state: Mapping[str, Any] | None, framework: str) -> list[dict[str, str]]:
+def versions_in_turn(
+    state: Mapping[str, Any] | None, framework: str, plugins: Iterable[Code] = ()
+) -> list[dict[str, str]]:
     """The versions that have trained a run in turn, those of now last; each is a dict of library -> version.
 
     state: of the checkpoint from which training continues; None: training begins. A checkpoint from before versions were
-    recorded counts as an empty dict.
+    recorded counts as an empty dict. plugins: whose code trains; a file has its hash as version.
     """
     now = {
         "harness": VERSION,
         **{name: version for name, version in _versions().items() if name in TRAINING_LIBRARIES.get(framework, ())},
     }
+    now |= {code.name: code.version or code.sha256[:12] for code in plugins}
     if commit := _commit():
         now["git_commit"] = commit
     before = [] if state is None else list(state.get("trained_with", [{}]))

@@ -22,9 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.diffusion.auxiliary import AuxiliaryCompute, read_auxiliary
 from harness.errors import UserError
 from harness.io import files
+from harness.plugins.code import Code
 from harness.protocols import Protocol, Recipe, from_dict
+from harness.registry import auxiliary_losses, backbones, features, objectives
 from harness.spec import BackboneSpec
 
 SCHEMA = 1
@@ -45,6 +48,8 @@ class RunSpec:
     framework: str
     dataset_sha256: str
     latents: dict[str, Any] | None = None  # if it is trained in latents: which latents, of which autoencoder
+    plugins: dict[str, Code] = dataclasses.field(default_factory=dict)  # see `training_plugins`
+    auxiliary: AuxiliaryCompute | None = None  # of the recipe's auxiliary loss; no part of the identity
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -60,6 +65,7 @@ class RunSpec:
             "framework": self.framework,
             "dataset_sha256": self.dataset_sha256,
             **({} if self.latents is None else {"latents": self.latents}),
+            **({"plugins": {role: code.sha256 for role, code in self.plugins.items()}} if self.plugins else {}),
         }
 
     @property
@@ -71,8 +77,27 @@ class RunSpec:
             base += f"-{self.framework}"
         # steps=1 in both: the number of steps is not compared
         if dataclasses.replace(self.recipe, steps=1) != dataclasses.replace(self.protocol.recipe, steps=1):
-            base += f"-{files.sha256_json(self.identity)[:8]}"
+            # Without the code of plug-ins: changed code finds the folder of its run, and is refused there.
+            base += f"-{files.sha256_json(without_plugins(self.identity))[:8]}"
         return base
+
+
+def training_plugins(backbone: str, recipe: Recipe) -> dict[str, Code]:
+    """The code of plug-ins that decides a training, by what it brings: "backbone", "objective", ... Empty: all is built in."""
+    codes = {"backbone": backbones.code(backbone), "objective": objectives.code(recipe.objective)}
+    if recipe.auxiliary:
+        wanted = read_auxiliary(recipe.auxiliary)
+        codes["auxiliary loss"] = auxiliary_losses.code(wanted.name)
+        codes["encoder"] = features.code(wanted.encoder) if wanted.encoder else None
+    return {role: code for role, code in codes.items() if code is not None}
+
+
+OF_TRAINING_ALONE = ("auxiliary loss", "encoder")
+
+
+def without_plugins(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of a run without the code of plug-ins, which older runs do not state (`check_plugins`)."""
+    return {name: value for name, value in identity.items() if name != "plugins"}
 
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
@@ -114,6 +139,9 @@ class Run:
     # Of a run that --fork created: fields of `results.records.Training` on its origin. Empty: it is no fork, or one from
     # before this was recorded.
     fork: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # Paths of the plug-in files that it was created with; never loaded from here, only named.
+    plugin_files: tuple[str, ...] = ()
+    auxiliary: AuxiliaryCompute | None = None  # of the recipe's auxiliary loss; None: it has none
 
     @property
     def backbone(self) -> str:
@@ -129,10 +157,13 @@ class Run:
 
     @property
     def training_data(self) -> dict[str, str]:
-        """The fields of `results.records.Training` on the data: hash of the images and, if it is in latents, of these."""
+        """The fields of `results.records.Training` on data and plug-ins: hash of the images, and of latents and plug-ins if
+        there are any."""
         latents = self.identity.get("latents")
         in_latents = {} if latents is None else {"latents_sha256": files.sha256_json(latents)}
-        return {"dataset_sha256": self.identity["dataset_sha256"], **in_latents}
+        plugins = self.identity.get("plugins")
+        with_plugins = {} if plugins is None else {"plugins_sha256": files.sha256_json(plugins)}
+        return {"dataset_sha256": self.identity["dataset_sha256"], **in_latents, **with_plugins}
 
     @property
     def log(self) -> Path:
@@ -188,6 +219,8 @@ def create_run(
             "environment": environment,
             **({"places": source_paths} if source_paths else {}),
             **({"fork": fork} if fork else {}),
+            **({} if spec.auxiliary is None else {"auxiliary": dataclasses.asdict(spec.auxiliary)}),
+            **({"plugin_files": plugin_files} if (plugin_files := _files_of(spec.plugins)) else {}),
         },
     )
     return open_run(folder)
@@ -207,10 +240,12 @@ def open_run(folder: Path) -> Run:
         # states the default of an item that was added later.
         recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
         resolved = Resolved(**data["resolved"])
+        auxiliary = data.get("auxiliary")
         return Run(
             folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
             protocol=protocol, recipe=recipe, source_paths=dict(data.get("places", {})),
-            fork=dict(data.get("fork", {})),
+            fork=dict(data.get("fork", {})), plugin_files=tuple(data.get("plugin_files", ())),
+            auxiliary=None if auxiliary is None else AuxiliaryCompute(**auxiliary),
         )  # fmt: skip
     except (KeyError, TypeError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error
@@ -227,11 +262,36 @@ def find_run(folder: Path, spec: RunSpec) -> Run | None:
             raise UserError(f"--out {folder} holds other files and no run; name a new or empty folder")
         return None
     run = open_run(folder)
-    if run.identity != spec.identity:
+    if without_plugins(run.identity) == without_plugins(spec.identity):
+        check_plugins(run, spec.plugins)
+    elif run.identity != spec.identity:
         raise UserError(
             f"{folder} holds another run ({identity_difference(run.identity, spec.identity)}); name another --out"
         )
     return run
+
+
+def check_plugins(run: Run, now: Mapping[str, Code], *, sampling: bool = False) -> None:
+    """Raise `UserError` if the run was trained with other code of a plug-in than that of `now` (`training_plugins`).
+
+    A run that does not state its code, because it was created before that was recorded, fits any. sampling: without what
+    only training needs.
+    """
+    for role, sha256 in run.identity.get("plugins", {}).items():
+        if sampling and role in OF_TRAINING_ALONE:
+            continue
+        code = now.get(role)
+        if code is None or code.sha256 != sha256:
+            raise UserError(
+                f"{run.folder} was trained with other code of its {role} (sha256 {sha256[:12]}) than "
+                f"{'that of this harness' if code is None else code}; put that code back, name another --out, or continue "
+                f"from its checkpoint with --fork {run.folder} --out NEW"
+            )
+
+
+def _files_of(plugins: Mapping[str, Code]) -> list[str]:
+    """The paths of the plug-in files, without repetitions."""
+    return list(dict.fromkeys(str(code.file) for code in plugins.values() if code.file is not None))
 
 
 def identity_difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.io.text import read_count, read_path
+from harness.settings.plugin_flags import plugin_setting
 from harness.settings.setting import REQUIRED, Options, setting
 
 
@@ -17,6 +18,7 @@ class CompareOptions(Options):
         "A run, a folder of runs, or a record file.", read_path, REQUIRED, argument=True, type_name="path"
     )
     b: Path = setting("The other side.", read_path, REQUIRED, argument=True, type_name="path")
+    plugin: tuple[Path, ...] = plugin_setting()
     step: int | None = setting(
         "Training steps of the records to compare, if a side has several.", read_count, type_name="count"
     )

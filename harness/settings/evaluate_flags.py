@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.io.text import read_path, read_text, read_texts
+from harness.settings.plugin_flags import plugin_setting
 from harness.settings.setting import REQUIRED, Options, setting
 from harness.settings.training_flags import DEFAULT_PROTOCOL, EVALUATOR_BACKENDS, cache_setting
 
@@ -18,6 +19,7 @@ class EvaluateOptions(Options):
         "An .npz in the layout of ADM's evaluator, a folder with samples.npz, an .npy, a folder of PNG files, shards (.npz, "
         ".tar), or a pattern of these.", read_path, REQUIRED, argument=True, type_name="path",
     )  # fmt: skip
+    plugin: tuple[Path, ...] = plugin_setting()
     protocol: str | None = setting(
         "The protocol of the samples.", read_text, metavar="NAME|FILE.toml",
         default_text=f"that of the run or sidecar, else none with --reference, else {DEFAULT_PROTOCOL}",

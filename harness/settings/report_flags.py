@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.io.text import read_path, read_paths, read_text
-from harness.settings.setting import Options, setting
+from harness.settings.plugin_flags import PluginFiles
+from harness.settings.setting import setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReportOptions(Options):
+class ReportOptions(PluginFiles):
     """Options of `harness report`."""
 
     results: tuple[Path, ...] = setting(

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.io.text import GridSize, read_count, read_grid, read_names, read_pairs, read_path, read_switch, read_text
+from harness.settings.plugin_flags import PluginFiles
 from harness.settings.sampling_flags import SamplingSettings
-from harness.settings.setting import Options, setting
+from harness.settings.setting import setting
 from harness.settings.training_flags import FRAMEWORKS
 
 
 @dataclass(frozen=True, kw_only=True)
-class _SampleSource(Options):
+class _SampleSource(PluginFiles):
     run: Path | None = setting("Folder of a trained run.", read_path, metavar="DIR", type_name="path")
     step: int | None = setting(
         "The training step whose checkpoint is sampled.", read_count, default_text="the last one", type_name="count"

@@ -8,12 +8,13 @@ from typing import Any
 from harness.diffusion.guidance import Guidance, read_guidance
 from harness.io.text import read_count, read_fraction, read_number, read_sampler_steps, read_seed, read_text
 from harness.planning.reference import Reference, parse_sampling_reference
-from harness.settings.setting import Options, setting, settings_of
+from harness.settings.plugin_flags import PluginFiles
+from harness.settings.setting import setting, settings_of
 from harness.settings.training_flags import PRECISIONS
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingSettings(Options):
+class SamplingSettings(PluginFiles):
     """Settings of sample sets."""
 
     sampling_steps: tuple[int, ...] | None = setting(

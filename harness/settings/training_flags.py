@@ -8,7 +8,8 @@ from typing import Any
 
 from harness.io.text import read_count, read_pairs, read_path, read_seed, read_switch, read_text
 from harness.planning.reference import Reference, parse_budget, parse_reference
-from harness.settings.setting import REQUIRED, Options, setting
+from harness.settings.plugin_flags import PluginFiles
+from harness.settings.setting import REQUIRED, setting
 
 DEFAULT_PROTOCOL = "digits"
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -18,12 +19,12 @@ LOGGERS = ("tensorboard", "wandb")  # names of harness.loggers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Backbone(Options):
+class Backbone(PluginFiles):
     backbone: str = setting("A name from `harness list backbones`.", read_text, REQUIRED, metavar="NAME")
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptionalBackbone(Options):
+class OptionalBackbone(PluginFiles):
     backbone: str | None = setting(
         "A name from `harness list backbones`; on the command line, --budget or --match without it gives a table of all "
         "backbones.", read_text,
@@ -32,7 +33,7 @@ class OptionalBackbone(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingSettings(Options):
+class TrainingSettings(PluginFiles):
     """Settings of a run: the experiment, the training steps, and how this machine trains it."""
 
     protocol: str | None = setting(

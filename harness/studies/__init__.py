@@ -33,7 +33,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,10 @@ class Study:
     variants: dict[str, Variant] = field(default_factory=lambda: {"": Variant()})  # by name; "": the study itself
     processes: int = 1  # processes of one run, started by torchrun
     slurm: dict[str, Any] = field(default_factory=dict)
+
+    def with_plugins(self, paths: tuple[Path, ...]) -> Study:
+        """A copy whose runs load these plug-in files. A study file cannot name them, because they are executed."""
+        return replace(self, settings={**self.settings, "plugin": paths}) if paths else self
 
     def recipe_of(self, backbone: str, variant: str) -> dict[str, str]:
         """The overrides of the recipe for that backbone in that variant, as `--set` takes them."""

@@ -15,7 +15,14 @@ from harness.data.examples import Examples
 from harness.data.load import check_labels, training_data
 from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
-from harness.planning.matching import compute_of, nearest_count, request_from, solve_training, training_target
+from harness.planning.matching import (
+    auxiliary_of,
+    compute_of,
+    nearest_count,
+    request_from,
+    solve_training,
+    training_target,
+)
 from harness.planning.plan import missing, missing_evaluator_files
 from harness.planning.request import WEIGHT_BYTES, Request
 from harness.protocols import Protocol, Recipe, get_protocol, override
@@ -160,6 +167,7 @@ def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tu
     else:
         spec = registry.backbones.get(name)
         compute = compute_of(spec, protocol, recipe, f"{study.file}: ")
+        auxiliary = auxiliary_of(spec, protocol, recipe)
         budget_steps = set()
         for value in values:
             if kind == "gflops":
@@ -168,7 +176,7 @@ def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tu
                 # The reference is counted with its own recipe in this study: the same target for all backbones.
                 reference_recipe = _recipe(study, variant, value.backbone, protocol)
                 reference_name, target = training_target(protocol, reference_recipe, match=value, budget=None)
-            budget_steps.add(solve_training(compute, recipe, reference_name, target).steps)
+            budget_steps.add(solve_training(compute, recipe, reference_name, target, auxiliary).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(budget_steps):
         raise UserError(
             f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(budget_steps)} training steps of {name}; lower it"

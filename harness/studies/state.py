@@ -21,7 +21,7 @@ from harness.io.text import parse_json
 from harness.pipeline.evaluate import existing_records
 from harness.pipeline.sidecar import read_fields
 from harness.planning.request import Request
-from harness.runs.run import Run, identity_difference, open_run
+from harness.runs.run import Run, check_plugins, identity_difference, open_run, without_plugins
 from harness.runs.sample_set import sample_request
 from harness.runs.samples import read_sidecar, sidecar_path
 from harness.settings import RunOptions
@@ -74,11 +74,13 @@ def progress_of(study: Expansion, run: StudyRun, in_queue: str | None = None) ->
     running = is_running(study, run)  # before the files are read: if it ends meanwhile, it counts as running
     try:
         existing = open_run(run.folder) if (run.folder / "run.json").exists() else None
-        if existing is not None and existing.identity != run.spec.identity:
-            difference = identity_difference(existing.identity, run.spec.identity)
-            reason, existing = f"{run.folder} holds another run ({difference}); move it away", None
+        if existing is not None:
+            there, here = without_plugins(existing.identity), without_plugins(run.spec.identity)
+            if there != here:
+                raise UserError(f"{run.folder} holds another run ({identity_difference(there, here)}); move it away")
+            check_plugins(existing, run.spec.plugins)
     except UserError as error:
-        reason = str(error)
+        reason, existing = str(error), None
     missing = list(_missing_sets(existing, run))
     steps_done = _steps_done(existing, run.steps)
     sets = len(run.milestones) * sum(len(request.sampling.steps) for request in run.requests)

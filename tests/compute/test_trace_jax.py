@@ -226,3 +226,33 @@ def test_every_network_at_full_size():
         _, _, out = abstract_forward(spec)
         assert out.shape == ((1, given["num_classes"]) if spec.kind == "classifier" else shape), name
         assert out.dtype == jnp.float32
+
+
+def test_a_primitive_counts_as_declared(monkeypatch):
+    from jax.extend.core import Primitive
+
+    from harness.compute import custom, register_flops
+    from harness.compute.trace_jax import trace_and_doubt
+
+    monkeypatch.setattr(custom, "_declared", {})
+    scan = Primitive("scan_of_a_test")
+    scan.def_abstract_eval(lambda x, *, states: x)
+
+    class Scan(nnx.Module):
+        def __init__(self, **arguments):
+            self.weight = nnx.Param(jnp.ones((3, 3)))
+
+        def __call__(self, x, t, y):
+            x = jax.lax.map(lambda row: (row[..., None] * self.weight[0]).sum(-1), x)  # element by element, summed
+            return scan.bind(x, states=4)
+
+    spec = toy(Scan)
+    size = DEFAULTS["input_size"] ** 2
+    with pytest.raises(RunError, match="primitive scan_of_a_test .* harness.compute.register_flops"):
+        trace(spec)
+    register_flops(scan, lambda x, *, states: x.size * states)
+    assert trace(spec).flops == 4 * size
+    register_flops(scan, lambda x, *, states: 7, composed=lambda x, *, states: x[..., None] @ jnp.ones((1, states)))
+    compute, blind = trace_and_doubt(spec)
+    assert blind.declared == [("primitive scan_of_a_test", 7, 4 * size, 0.0)]
+    assert sum(blind.summed.values()) == 3 * size

@@ -200,7 +200,7 @@ OTHER = {
     "settings": "x", "settings_hash": "x", "samples_sha256": "x",
     "features": "x", "time_distribution": "x", "loss_weight": "x", "noise_scale": 0.7, "spacing": "x",
     "ema_widths": "0.05", "ema_snapshots": 7, "ema_width": 0.07, "evaluations_mean": 7.5, "evaluations_max": 9,
-    "dataset_sha256": "x", "latents_sha256": "x", "earlier_precision": "x", "forked_at": 7, "parent_sha256": "x",
+    "dataset_sha256": "x", "latents_sha256": "x", "plugins_sha256": "x", "auxiliary": "x", "auxiliary_gflops": 0.7, "earlier_precision": "x", "forked_at": 7, "parent_sha256": "x",
 }  # fmt: skip
 
 
@@ -222,7 +222,16 @@ def test_rows_that_differ_in_anything_look_different(record, part):
     base = record(sampling=Sampling(sampler="ddpm", steps=25, guidance_scale=1.5, guidance_channels="all"))
     counts = {"evaluations_mean", "evaluations_max"}  # which differ from seed to seed, also within a row
     # of the table or of the metric
-    key = {"suite", "suite_version", "features", "features_sha256", "reference_sha256", "training_sha256", "mode"}
+    key = {
+        "suite",
+        "suite_version",
+        "features",
+        "features_sha256",
+        "reference_sha256",
+        "training_sha256",
+        "mode",
+        "code_sha256",
+    }
     for field in dataclasses.fields(part):
         if field.name in key - {"features"} | counts:
             continue

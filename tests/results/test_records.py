@@ -53,7 +53,7 @@ def test_identity_is_everything_but_value_interval_direction_and_environment(mea
     changed = {
         "metric": "kid", "n": 999, "protocol": "x", "protocol_version": "2", "resolution": 16, "dataset": "x",
         "system": "x", "backbone": "x", "kind": "x", "framework": "jax", "params": 1, "gflops": 1.0,
-        "gflops_published_input": 1.0, "training": Training(steps=801), "sampling": Sampling(eta=0.5),
+        "gflops_published_input": 1.0, "gflops_source": "x", "training": Training(steps=801), "sampling": Sampling(eta=0.5),
         "evaluation": Evaluation(suite="x"),
     }  # fmt: skip
     assert set(changed) | free == {field.name for field in dataclasses.fields(record)}

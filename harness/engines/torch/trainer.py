@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from torch import Tensor
 
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
+from harness.diffusion.auxiliary import read_auxiliary
 from harness.distributed.mesh import MeshShape
 from harness.engines import ema
 from harness.engines.learning_rate import learning_rate
 from harness.engines.torch import parallel, process_group
+from harness.engines.torch.auxiliary import AuxiliaryHeads
 from harness.engines.torch.compiling import compile_network
 from harness.engines.torch.loss_functions import LossFunction
 from harness.engines.torch.parallel import full_tensor, local_shard, shard_slice
@@ -28,6 +31,9 @@ from harness.randomness import threefry_torch as random
 from harness.runs import checkpoints
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
+
+# Parts of a checkpoint of a run with an auxiliary loss -> key of AdamW's state; "" for the weights.
+HEAD_PARTS = {"heads": "", "heads_first_moment": "exp_avg", "heads_second_moment": "exp_avg_sq"}
 
 
 def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.Module:
@@ -68,15 +74,30 @@ class TorchEngine:
         self._names, self._weights = list(trained), list(trained.values())
         # By part of a checkpoint; each in the order of _weights.
         self._averages = {part: [weight.detach().clone() for weight in self._weights] for part in ema.parts(recipe)}
+        self._auxiliary: AuxiliaryHeads | None = None
+        self._heads: dict[str, torch.nn.Parameter] = {}  # trained, without EMA, and the same in every process
+        if recipe.auxiliary:
+            if mesh.model > 1 or resolved.compile == "on":
+                what = f"--mesh {mesh}" if mesh.model > 1 else "--compile on"
+                raise UserError(f"an auxiliary loss taps into the network, which {what} does not allow; leave it out")
+            self._auxiliary = AuxiliaryHeads(
+                read_auxiliary(recipe.auxiliary), spec, arguments, seed=seed, device=self.device
+            )
+            self._heads = {
+                name: weight for name, weight in self._auxiliary.heads.named_parameters() if weight.requires_grad
+            }
+        groups: list[Any] = [self._weights] if not self._heads else [self._weights, list(self._heads.values())]
         self._optimizer = torch.optim.AdamW(
-            self._weights,
+            [{"params": group} for group in groups],
             lr=recipe.learning_rate,
             betas=(recipe.beta1, recipe.beta2),
             weight_decay=recipe.weight_decay,
             fused=True,
         )
         self._loss = LossFunction(spec, arguments, recipe=recipe, seed=seed, device=self.device)
-        self.loss_terms = self._loss.loss_terms
+        self.loss_terms = dict(self._loss.loss_terms)
+        if self._auxiliary is not None:
+            self.loss_terms[self._auxiliary.wanted.name] = self._auxiliary.weight
         self._losses: list[Tensor] = []  # (terms,) each, of the steps since the last pop_losses
         self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
 
@@ -101,11 +122,14 @@ class TorchEngine:
             with self._parallel.micro_batch_context(last=chunk is chunks[-1]):
                 terms_total += self._accumulate(chunk)
         self._check_gradients()
+        for head in self._heads.values():  # means over the processes, as DDP gives for the network
+            assert head.grad is not None
+            self._parallel.sum(head.grad).div_(self._parallel.size)
         self._parallel.broadcast_buffers()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(recipe, step)
         if recipe.clip_norm:
-            self._parallel.clip(self._weights, recipe.clip_norm)
+            self._parallel.clip([*self._weights, *self._heads.values()], recipe.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         weights = list(map(local_shard, self._weights))
@@ -130,6 +154,8 @@ class TorchEngine:
             raise UserError(
                 f"parameter {idle[0]} of the network gets no gradient; use it in forward, or set its requires_grad to False"
             )
+        if idle := [name for name, weight in self._heads.items() if weight.grad is None]:
+            raise UserError(f"parameter {idle[0]} of the auxiliary loss's heads gets no gradient; use it in forward")
 
     def _accumulate(self, positions: Tensor) -> Tensor:
         """Add the gradients of one micro-batch to those of the weights. Returns its loss terms, float64 (terms,).
@@ -146,7 +172,10 @@ class TorchEngine:
             with autocast(self.device, self.resolved.precision):
                 return self._parallel.call(*inputs)
 
-        terms = self._loss.losses(call, x0, y, to_device(positions, self.device))  # (n,) each
+        with nullcontext() if self._auxiliary is None else self._auxiliary.tapping(self.net):
+            terms = self._loss.losses(call, x0, y, to_device(positions, self.device))  # (n,) each
+        if self._auxiliary is not None:
+            terms[self._auxiliary.wanted.name] = self._auxiliary.loss(x0)
         # A term of weight 0, such as the accuracy, is only logged and may have no gradient.
         loss = reduce(torch.add, [weight * terms[name].sum() for name, weight in self.loss_terms.items() if weight])
         # Times size, because DDP and FSDP2 replace gradients by their mean over the processes.
@@ -175,7 +204,7 @@ class TorchEngine:
     @process_group.translate_dist_errors()
     def finite(self) -> bool:
         # A norm is finite only if all elements are. Of sharded weights each process checks its own part.
-        norms = torch.stack(torch._foreach_norm(list(map(local_shard, self._weights))))
+        norms = torch.stack(torch._foreach_norm(list(map(local_shard, [*self._weights, *self._heads.values()]))))
         return self._parallel.all(torch.isfinite(norms).all())
 
     def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
@@ -185,6 +214,7 @@ class TorchEngine:
             ("first_moment", lambda: self._moments("exp_avg")),
             ("second_moment", lambda: self._moments("exp_avg_sq")),
             *((part, partial(self._average_arrays, part)) for part in self._averages if part != "ema"),
+            *((part, partial(self._head_arrays, part)) for part in (HEAD_PARTS if self._heads else ())),
         ]
 
     def _ema_state_dict(self) -> dict[str, Tensor]:
@@ -199,6 +229,16 @@ class TorchEngine:
 
     def _average_arrays(self, part: str) -> dict[str, np.ndarray]:
         return _arrays(self._average(part))
+
+    def _head_arrays(self, part: str) -> dict[str, np.ndarray]:
+        """The heads of the auxiliary loss, or a moment of AdamW of theirs; the buffers of the heads are in the first part."""
+        assert self._auxiliary is not None
+        if part == "heads":
+            return _arrays(self._auxiliary.heads.state_dict())
+        key = HEAD_PARTS[part]
+        states = [self._optimizer.state[weight] for weight in self._heads.values()]
+        moments = _arrays({name: state[key] for name, state in zip(self._heads, states, strict=True)})
+        return {**moments, "step": states[0]["step"].cpu().numpy().reshape(1)}
 
     def _moments(self, key: str) -> dict[str, np.ndarray]:
         """A moment of AdamW by names of weights, and the number of updates, float32 (1,), as "step".
@@ -240,7 +280,7 @@ class TorchEngine:
         if missing:
             raise UserError(f"{path} does not fit this network: {missing[0]} is missing")
         if step is not None:
-            for weight in self._weights:
+            for weight in self._heads.values() if part in HEAD_PARTS else self._weights:
                 self._optimizer.state[weight]["step"] = step.clone().to(self.device)
 
     def _load_targets(self, part: str) -> dict[str, Tensor]:
@@ -259,6 +299,13 @@ class TorchEngine:
             return {name: value if id(value) in averages else torch.empty_like(value) for name, value in state.items()}
         if part in self._averages:
             return self._average(part)
+        if part == "heads":
+            assert self._auxiliary is not None
+            return self._auxiliary.heads.state_dict()
+        if part in HEAD_PARTS:
+            for weight in self._heads.values():
+                self._optimizer.state[weight].setdefault(HEAD_PARTS[part], torch.zeros_like(weight))
+            return {name: self._optimizer.state[weight][HEAD_PARTS[part]] for name, weight in self._heads.items()}
         key = {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"}[part]
         for weight in self._weights:
             self._optimizer.state[weight].setdefault(key, torch.zeros_like(weight))
