@@ -76,6 +76,13 @@ def run_diagnose(home, name, **options):
     return diagnose(home / name, options.pop("against"), **options)
 
 
+def make_point(runs, path):
+    """A reference point of these runs, made as the script makes it."""
+    from harness.diagnose.convergence import make_reference_point
+
+    make_reference_point(runs, marks=(STEPS // 2, STEPS), name="small").write(path)
+
+
 def good(home):
     return load_data(open_run(home / "healthy").protocol, home / "good.npz")
 
@@ -198,8 +205,8 @@ def test_what_is_no_run_is_refused_in_one_line(home, tmp_path):
     for words, text in (
         ([tmp_path / "nothing"], "neither a run nor a sample set"),
         ([tmp_path], "no images in it"),
-        ([home / "healthy", "--against", tmp_path / "nothing"], "no record file"),
-        ([home / "healthy", "--data", home / "healthy" / "run.json"], ""),
+        ([home / "healthy"], "name its path with --data"),
+        ([home / "healthy", "--data", home / "good.npz", "--against", tmp_path / "nothing"], "no record file"),
     ):
         done = CliRunner().invoke(group, ["diagnose", *map(str, words)])
         assert done.exit_code != 0 and done.exception is not None and text in str(done.exception)
@@ -214,6 +221,124 @@ def test_samples_without_a_run(home, tmp_path):
         tmp_path / "mine.npz", protocol=str(home / "small.toml"), data=home / "good.npz", cache=home / "cache"
     )
     assert found.healthy and {each.stage for each in found.findings if each.status == "not told"} >= {"loss", "sampler"}
+
+
+def small_vae(folder, images, seed):
+    """An autoencoder of 8x8 grey images with latents 4x4, trained for a short while from a seed of its own."""
+    import torch
+    from diffusers import AutoencoderKL
+    from small_vae import save_vae
+
+    save_vae(folder, seed=seed, levels=2, channels=4, image_channels=1, width=16)
+    vae = AutoencoderKL.from_pretrained(folder)
+    x = torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
+    optimizer = torch.optim.Adam(vae.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(400):
+        batch = x[torch.randint(len(x), (64,), generator=generator)]
+        posterior = vae.encode(batch).latent_dist
+        loss = (vae.decode(posterior.mean).sample - batch).square().mean() + 1e-4 * posterior.mean.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    vae.save_pretrained(folder)
+    return float(loss.detach())
+
+
+def done(*words):
+    result = CliRunner().invoke(group, [str(each) for each in words])
+    assert result.exit_code == 0, (result.exception, result.output)
+
+
+@pytest.fixture(scope="module")
+def studied(home):
+    """Six healthy seeds, a reference point of the first five, and runs whose training is broken."""
+    digits = load()
+    rng = np.random.default_rng(0)
+    small.write_images(home / "filter.npz", resized(digits.images, "pick"), digits.labels)
+    small.write_images(home / "shuffled.npz", resized(digits.images, "average"), rng.permutation(digits.labels))
+    for seed in range(5):
+        small.train(home / f"point{seed}", home / "small.toml", data=home / "good.npz", seed=100 + seed)
+    make_point([home / f"point{seed}" for seed in range(5)], home / "point.json")
+    for name, data, settings in (
+        ("filter", "filter.npz", {}),
+        ("shuffled", "shuffled.npz", {}),
+        ("fast", "good.npz", {"learning_rate": "3e-2"}),
+    ):
+        small.train(home / name, home / "small.toml", data=home / data, settings=settings, seed=7)
+    return home
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("against", ["point.json", "healthy"])
+@pytest.mark.parametrize(
+    ("name", "data", "stage"),
+    [("filter", "filter.npz", "data"), ("shuffled", "shuffled.npz", "labels"), ("fast", "good.npz", "loss")],
+)
+def test_what_breaks_training_is_named(studied, name, data, stage, against):
+    found = run_diagnose(studied, name, data=studied / data, reference=studied / "good.npz", against=studied / against)
+    print(name, against, found.conclusion)
+    assert not found.healthy and f"the stage {stage}" in found.conclusion, found
+
+
+@pytest.mark.slow
+def test_ten_healthy_seeds_are_healthy(studied):
+    """Against the reference point, against one other run, and by the protocol alone."""
+    alarms = []
+    for seed in range(10):
+        small.train(studied / f"seed{seed}", studied / "small.toml", data=studied / "good.npz", seed=seed)
+        for against in (studied / "point.json", studied / "healthy", None):
+            found = run_diagnose(studied, f"seed{seed}", against=against)
+            if not found.healthy:
+                alarms.append((seed, against, found.conclusion))
+    assert not alarms
+
+
+@pytest.mark.slow
+def test_the_decoder_of_another_autoencoder_is_named(home):
+    digits = load()
+    images = resized(digits.images, "average")
+    for name, seed in (("vae", 0), ("other", 1)):
+        print("reconstruction", small_vae(home / name, images, seed))
+    text = small.PROTOCOL.format(name="latents", dataset="npz", count=small.COUNT, steps=400)
+    text = text.replace("input_size = 8", 'space = "latents"\ninput_size = 4').replace(
+        "in_channels = 1", "in_channels = 4"
+    )
+    (home / "latents.toml").write_text(text.replace("clip_denoised = true", "clip_denoised = false"))
+    done(
+        "data",
+        "latents",
+        home / "good.npz",
+        "--vae",
+        home / "vae",
+        "--out",
+        home / "cache-of-latents",
+        "--device",
+        "cpu",
+    )
+    words = ["--backbone", small.BACKBONE, "--protocol", home / "latents.toml", "--data", home / "cache-of-latents"]
+    fixed = [
+        "--precision",
+        "float32",
+        "--micro-batch",
+        "32",
+        "--device",
+        "cpu",
+        "--no-report",
+        "--cache",
+        home / "cache",
+    ]
+    done("run", *words, *fixed, "--out", home / "latents")
+    found = diagnose(home / "latents", cache=home / "cache")
+    assert found.healthy and of_stage(found, "decoder").status == "ok", found
+    shutil.copytree(home / "latents", home / "decoded")
+    shutil.rmtree(home / "decoded" / "samples")
+    (home / "decoded" / "records.jsonl").unlink()
+    done("run", *words, *fixed, "--out", home / "decoded", "--decoder", home / "other")
+    for against in (None, home / "latents"):
+        found = diagnose(home / "decoded", against, cache=home / "cache")
+        print(found.conclusion)
+        assert named(found) == ["decoder"] and "the stage decoder" in found.conclusion, found
 
 
 @pytest.mark.slow
