@@ -121,6 +121,11 @@ class Convergence:
         words += ["suspiciously better"] if "better" in sides else []
         return " and ".join(words) or "as expected"
 
+    @property
+    def passed(self) -> bool:
+        """Whether the run is one more seed of the point: as expected, and of its recipe and training data."""
+        return self.verdict == "as expected" and not self.recipe_differences
+
 
 def check(
     point: ReferencePoint, values: Mapping[Quantity, float], recipe: Mapping[str, Any], level: float = LEVEL

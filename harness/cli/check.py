@@ -95,7 +95,7 @@ def command(
 
 
 def _check_convergence(folder: Path, reference_point: Path | None, as_json: bool) -> None:
-    """Print the verdict on a run; exit code 1 unless it is as expected."""
+    """Print the verdict on a run; exit code 1 unless it is as expected and of the point's recipe and data."""
     from harness.diagnose.convergence import check_convergence
 
     found = check_convergence(folder, reference_point)
@@ -118,11 +118,12 @@ def _check_convergence(folder: Path, reference_point: Path | None, as_json: bool
             )
         for item, (mine, theirs) in found.recipe_differences.items():
             click.echo(f"warning: {item} is {mine}, of the reference point {theirs}")
+        recipe = ", of another recipe" if found.recipe_differences else ""
         click.echo(
-            f"{folder}: {found.verdict}, against {found.point} ({found.seeds} seeds; two-sided, 5 % of healthy runs are "
+            f"{folder}: {found.verdict}{recipe}, against {found.point} ({found.seeds} seeds; two-sided, 5 % of healthy runs are "
             "called worse or better by chance)"
         )
-    if found.verdict != "as expected":
+    if not found.passed:
         raise SystemExit(1)
 
 

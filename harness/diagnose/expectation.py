@@ -10,8 +10,11 @@ from statistics import fmean, stdev
 from typing import Any
 
 from harness.diagnose.subject import Distance, Subject, find_samples, read_losses
+from harness.diffusion.processes import PROCESSES
+from harness.diffusion.samplers import needs_timesteps
 from harness.errors import UserError
 from harness.pipeline.sidecar import read_fields, samples_sha256
+from harness.planning.request import IN_CONTINUOUS_TIME
 from harness.runs.run import Run, recipe_identity
 from results.compare import sampling_text, student_t
 from results.records import Evaluation, Record, Sampling
@@ -67,11 +70,14 @@ def expectation(subject: Subject, against: Path | None) -> Expectation:
 def _of_protocol(subject: Subject) -> Expectation:
     protocol = subject.protocol
     sampling = protocol.sampling
+    sampler = sampling.sampler
+    if subject.run is not None and subject.run.recipe.schedule in PROCESSES and needs_timesteps(sampler):
+        sampler = IN_CONTINUOUS_TIME  # as where no sampler is named
     return Expectation(
         source=f"protocol {protocol.name}",
         recipe=recipe_identity(protocol.recipe),
         sampling=Sampling(
-            sampler=sampling.sampler, steps=max(sampling.steps), eta=sampling.eta, guidance_scale=sampling.guidance_scale,
+            sampler=sampler, steps=max(sampling.steps), eta=sampling.eta, guidance_scale=sampling.guidance_scale,
             uint8_rule=sampling.uint8_rule, clip_denoised=sampling.clip_denoised, precision="float32",
             spacing=sampling.spacing or None,
         ),

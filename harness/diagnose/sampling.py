@@ -140,8 +140,10 @@ def check_sampling(subject: Subject, expected: Expectation, limit: int) -> Redra
     drawing = drawing_of(subject)
     run = subject.run
     stated = _stated(subject, expected)
-    if drawing is None or run is None or subject.step not in run.ema_checkpoint_steps():
+    width = subject.fields.sampling.ema_width
+    if drawing is None or run is None or subject.step not in run.ema_checkpoint_steps() or width:
         why = "the checkpoint is not at hand, so nothing can be drawn again"
+        why = f"drawn with the average of width {width:g}, which is not made again" if width else why
         sampler = Finding(stage="sampler", status=SUSPECT if stated else UNKNOWN, measured="; ".join([*stated, why]))
         absent = run is not None and subject.protocol.space == "pixels"
         decoder = Finding(

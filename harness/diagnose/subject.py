@@ -82,8 +82,11 @@ class Subject:
 
     @property
     def record(self) -> Record | None:
-        """The record of the distance of these samples, the first by id; None: they were not evaluated."""
-        return next((each for each in self.records if each.metric == self.metric.key), None)
+        """The newest record of the distance of these samples by the suite; None: they were not evaluated."""
+        suite = self.config.suite.name
+        found = [each for each in self.records if each.metric == self.metric.key and each.evaluation]
+        found = [each for each in found if each.evaluation and each.evaluation.suite == suite]
+        return max(found, key=lambda each: ((each.environment and each.environment.time) or "", each.id), default=None)
 
     @property
     def extractor(self) -> FeatureExtractor:

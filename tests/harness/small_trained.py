@@ -72,21 +72,19 @@ def write_images(path: Path, images, labels) -> Path:
     return path
 
 
-def train(
-    folder: Path, protocol: Path, *, seed=0, steps=None, settings=None, data=None, marks=(), samples=None, **sampling
-):
-    """A run in `folder`: trained, sampled and measured at each of the marks and at its end."""
+def train(folder: Path, protocol: Path, *, seed=0, settings=None, data=None, reference=None):
+    """A run in `folder`: trained to its end, sampled, and measured against `reference` (path of images; None: its own)."""
     request = make_request(
-        backbone=BACKBONE, protocol=str(protocol), steps=steps, seed=seed, data=data, settings=settings or {},
-        sampling=sampling.pop("sampling", None), samples=samples,
+        backbone=BACKBONE, protocol=str(protocol), seed=seed, data=data, settings=settings or {}
     )  # fmt: skip
     images = load() if data is None else load_data(request.protocol, data)
     session = RunSession(request, images, folder)
     if session.run is None:
-        session.create(Resolved(device="cpu", device_name="test", precision="float32", micro_batch=32, threads=1))
-    for step in sorted({*marks, request.recipe.steps}):
-        session.train(step)
-        draw(session.run, request, step, images)
+        resolved = Resolved(device="cpu", device_name="test", precision="float32", micro_batch=32, threads=1)
+        session.create(resolved)
+    step = request.recipe.steps
+    session.train(step)
+    draw(session.run, request, step, images if reference is None else load_data(request.protocol, reference))
     return session.run
 
 
