@@ -8,7 +8,15 @@ from pathlib import Path
 from harness import registry
 from harness.errors import UserError
 from harness.runs.run import build_arguments
-from reports import figures_frontier, figures_gflops, figures_loss, figures_samples, figures_sampling, figures_training
+from reports import (
+    figures_frontier,
+    figures_gflops,
+    figures_loss,
+    figures_samples,
+    figures_sampling,
+    figures_target,
+    figures_training,
+)
 from reports.charts import Figure
 from reports.figures_study import studies
 from reports.points import index_of
@@ -39,6 +47,7 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
         figures_gflops.scaling_law(all_studies, registered_dits),
         figures_frontier.pareto(index, published),
         figures_frontier.best_size(all_studies),
+        figures_target.compute_to_target(all_studies),
     ]
     return tuple(figure for figure in made if figure is not None)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 from harness.io.files import explained, read_json, write_bytes
-from reports import charts
+from reports import charts, every_eval_ever
 from reports.figures import absent, figures, published_records
 from reports.html_tables import to_html_page
 from reports.lottery import seeds_table
@@ -53,6 +53,7 @@ def write_report(
     *,
     protocol: str | None = None,  # only this protocol's table and figures; None: those of every protocol with records
     progress: Callable[[str, int, int], None] | None = None,  # called as (stage, number done, number in all)
+    export: bool = False,  # also write the measured records in the schema of `reports.every_eval_ever`
 ) -> ReportSummary:
     """Write Tables 1-6, `table-<protocol>`, the figures and the page, from these records and those packaged in results/.
 
@@ -100,6 +101,8 @@ def write_report(
         for name, files in pool.finish(progress).items():
             contents |= {f"{name}.{kind}": data for kind, data in files.items()}
     contents[NAME] = page_bytes(page, shown, contents)
+    if export:
+        contents |= every_eval_ever.to_files(record for record in records if record.protocol in protocols)
     return ReportSummary(
         files=_write_all(out, contents),
         problems=loaded.problems,

@@ -534,11 +534,12 @@ def _has_published_noise(record: Record) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def student_t(degrees: float) -> float:
-    """The 97.5 % quantile of Student's t. degrees: degrees of freedom, above 0, not necessarily an integer; inf: of a normal."""
+def student_t(degrees: float, quantile: float = CONFIDENCE) -> float:
+    """A quantile of Student's t, by default that of 97.5 %. degrees: of freedom, above 0, not necessarily an integer; inf: of
+    a normal."""
     from scipy.special import ndtri, stdtrit  # what scipy.stats.t.ppf calls; scipy.stats takes a second to import
 
-    return float(ndtri(CONFIDENCE) if math.isinf(degrees) else stdtrit(degrees, CONFIDENCE))
+    return float(ndtri(quantile) if math.isinf(degrees) else stdtrit(degrees, quantile))
 
 
 def _welch(a: Group, b: Group) -> tuple[float, float] | None:

@@ -32,6 +32,7 @@ COMMANDS = {
     "flops": ("flops", "Parameters and theoretical Gflops, with the published values."),
     "new": ("new", "Write a package with a backbone of your own, which trains at once."),
     "check": ("check", "Check a backbone: shapes, gradients, batches, labels, compute, torch against JAX."),
+    "diagnose": ("diagnose", "Find the stage from which a gap in quality comes."),
     "bench": ("bench", "Speed, utilisation and memory of a backbone on this device, with the roofline of the device."),
     "doctor": ("doctor", "Check this machine: what is installed, what is missing, and how to fix it."),
 }

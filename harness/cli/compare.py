@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from harness.cli.flags_from_settings import json_option, settings_options
-from harness.pipeline.compare import compare
+from harness.pipeline.compare import Comparison, compare
 from harness.settings import CompareOptions
 from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict
 
@@ -27,6 +27,9 @@ def command(as_json: bool, **options: Any) -> None:
     Several training seeds, or sampling seeds, of one experiment belong together: put their runs into one folder.
     """
     comparison = compare(**options)
+    if comparison.to_target:
+        _print_to_target(comparison, as_json)
+        return
     verdicts, differing = comparison.verdicts, comparison.differing
     first = verdicts[0]  # its two sides give A and B their names
     if as_json:
@@ -103,6 +106,61 @@ def _row(verdict: Verdict) -> dict[str, Any]:
         "a_ids": [each.id for each in verdict.a.records],
         "b_ids": [each.id for each in verdict.b.records],
     }
+
+
+def _print_to_target(comparison: Comparison, as_json: bool) -> None:
+    """Print the verdicts of --target: a table with a row for each side, and a sentence for each verdict."""
+    if as_json:
+        rows = [dataclasses.asdict(each) for each in comparison.to_target]
+        for row in rows:
+            row["target"] = {"metric": row["target"]["metric"], "value": row["target"]["value"]}
+            for side in ("a", "b"):
+                for seed in row[side]["seeds"]:  # JSON has no infinity
+                    seed["high"] = None if math.isinf(seed["high"]) else seed["high"]
+        click.echo(json.dumps({"rule": comparison.rule, "rows": rows}, indent=2))
+        return
+    from rich.markup import escape
+    from rich.table import Table
+
+    from harness.cli.tables import print_table
+
+    click.echo(f"training until {comparison.to_target[0].target}")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    timed = any(side.hours is not None for each in comparison.to_target for side in (each.a, each.b))
+    headings = ("", "system", "sampling", "seeds", "Gflops", "95 % interval", *(("hours",) if timed else ()), "")
+    for heading in headings:
+        table.add_column(
+            heading, justify="right" if heading in ("seeds", "Gflops", "hours") else "left", no_wrap=bool(heading)
+        )
+    for each in comparison.to_target:
+        for name, side in (("A", each.a), ("B", each.b)):
+            bounds = "-" if side.low is None else f"{side.low:.4g} to {side.high:.4g}"
+            hours = ("-" if side.hours is None else f"{side.hours:.3g}",) if timed else ()
+            table.add_row(
+                name, escape(side.system), escape(each.sampling), str(len(side.seeds)),
+                "-" if side.gflops is None else f"{side.gflops:.4g}", bounds, *hours, escape(side.text),
+            )  # fmt: skip
+    print_table(table)
+    for each in comparison.to_target:
+        words = (
+            f"{each.sampling}: A is a {each.verdict}" if each.verdict != "unknown" else f"{each.sampling}: no verdict"
+        )
+        if each.ratio is not None:
+            bounds = "" if each.ratio_low is None else f", 95 % interval {each.ratio_low:.3g} to {each.ratio_high:.3g}"
+            words += f"; A needs {each.ratio:.3g} times the training compute of B{bounds}"
+        if each.hours_ratio is not None:
+            words += f", and {each.hours_ratio:.3g} times the hours"
+        click.echo(words + (f" ({each.reason})" if each.reason else ""))
+    for side in _timed_on(comparison):
+        click.echo(side)
+    click.echo(comparison.rule)
+
+
+def _timed_on(comparison: Comparison) -> list[str]:
+    """Sentences that name the devices of the hours."""
+    sides = {"A": [each.a for each in comparison.to_target], "B": [each.b for each in comparison.to_target]}
+    devices = {name: sorted({each.device for each in times if each.device}) for name, times in sides.items()}
+    return [f"hours of {name} on {', '.join(found)}" for name, found in devices.items() if found]
 
 
 def _gflops(value: float | None) -> str:

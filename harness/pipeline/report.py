@@ -31,4 +31,5 @@ def report(options: ReportOptions) -> ReportSummary:
         logger.warning(registry.unknown("protocol", name, registry.protocols.names()))
     paths = options.results or ((RUNS_FOLDER,) if RUNS_FOLDER.exists() else ())
     with Stages({"records": "files", TABLES: "parts", "figures": "figures"}) as progress:
-        return write_report(paths, options.out or RUNS_FOLDER / "report", protocol=name, progress=progress)
+        out = options.out or RUNS_FOLDER / "report"
+        return write_report(paths, out, protocol=name, progress=progress, export=options.export is not None)

@@ -8,6 +8,7 @@ from pathlib import Path
 from harness.io.text import read_count, read_path
 from harness.settings.plugin_flags import plugin_setting
 from harness.settings.setting import REQUIRED, Options, setting
+from results.time_to_target import Target, read_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,3 +23,7 @@ class CompareOptions(Options):
     step: int | None = setting(
         "Training steps of the records to compare, if a side has several.", read_count, type_name="count"
     )
+    target: Target | None = setting(
+        "Compare the training compute until METRIC reaches VALUE, as in fd=60, from the marks of --evaluate-at.",
+        read_target, metavar="METRIC=VALUE", type_name="target",
+    )  # fmt: skip

@@ -25,3 +25,7 @@ class ReportOptions(PluginFiles):
         "Only the table, the verdicts and the figures of this protocol, beside Tables 1-6.", read_text, metavar="NAME",
         default_text="every protocol",
     )  # fmt: skip
+    export: str | None = setting(
+        "Also write the measured records in this schema, below the folder of the report; every-eval-ever: that of the PyPI "
+        "package every_eval_ever 0.3.0.", read_text, choices=("every-eval-ever",),
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import math
 from importlib import resources
 
 import pytest
@@ -315,3 +316,25 @@ def test_of_several_recipes_of_a_model_the_best_counts(record, best):
     shares = [tuned("precision", 0.4, best, "a", 1.0), tuned("precision", 0.6, best, "c", 4.0)]
     shares += [tuned("precision", 0.5, best), tuned("precision", 0.1, other)]
     assert "correlation with log Gflops 1.00 (3 models)" in against_gflops(shares)
+
+
+def test_compute_to_a_target_is_that_of_compare(lengths):
+    """A model falls from 12 to 6 while its compute doubles: the line is read off, for each target and seed."""
+    falling = [
+        dataclasses.replace(
+            r, value=(12.0 if r.training.steps == 400 else 6.0) * (1 + 0.01 * r.training.seed), low=None, high=None
+        )
+        for r in lengths
+        if r.metric == "fd"
+    ]
+    figure = named(falling, "time-to-target")
+    by_model = {row["line"]: row for row in rows_of(figure) if float(row["target"]) == 8.2}
+    gflops = {record.system: record.gflops for record in falling}
+    for model, row in by_model.items():
+        at_400 = 3 * gflops[model] * 128 * 400
+        shares = [math.log(12 * (1 + 0.01 * seed) / 8.2) / math.log(2) for seed in range(2)]
+        assert float(row["training_gflops"]) == pytest.approx(at_400 * 2 ** (sum(shares) / 2))
+        assert float(row["low"]) < float(row["training_gflops"]) < float(row["high"])
+    assert set(by_model) == set(gflops)
+    assert named([r for r in falling if r.training.seed == 0], "time-to-target") is None  # never of one run
+    assert draw(figure, model_styles(falling))["png"]
