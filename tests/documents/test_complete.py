@@ -12,6 +12,7 @@ from evaluators.suites import Suite
 from harness import registry
 from harness.cli import COMMANDS
 from harness.data import DatasetSpec
+from harness.diffusion.auxiliary import AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.objectives import Objective
 from harness.diffusion.samplers import SamplerSpec
@@ -22,7 +23,7 @@ from harness.systems.spec import Component
 DOCS = ROOT / "docs"
 DOORS = {
     "backbones": BackboneSpec, "objectives": Objective, "samplers": SamplerSpec, "guidance": GuidanceRule, "metrics": Metric,
-    "features": FeatureSpec, "suites": Suite, "datasets": DatasetSpec,
+    "features": FeatureSpec, "suites": Suite, "datasets": DatasetSpec, "auxiliary-losses": AuxiliaryLoss,
 }  # fmt: skip
 OTHERWISE = {"protocols": (Protocol, {"summary", "recipe", "sampling"}), "systems": (Component, {
     "diffusion_steps", "noise_scale", "truncation"})}  # fmt: skip
