@@ -71,19 +71,10 @@ def _main(words, folder, shortest_seconds):
     with Path("output.txt").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    import torch
-
-    from harness.cli import main
     from harness.pipeline import training_loop
-    from harness.registry import backbones
 
-    torch.set_num_threads(1)
-    spec = backbones.get("dit-xs-4")
-    narrow = {**spec.defaults, "depth": 2, "width": 48, "heads": 4}
-    backbones.register(dataclasses.replace(spec, name=NARROW, defaults=narrow))
     training_loop.MIN_CHECKPOINT_SECONDS, training_loop.CHECKPOINT_SHARE = shortest_seconds, 1.0
-    sys.argv = ["harness", *words]
-    main()
+    _call(words)
 
 
 def _main_with_packages(words, folder, path, said, environment):
@@ -94,12 +85,21 @@ def _main_with_packages(words, folder, path, said, environment):
         with (Path(said) / name).open("w") as file:
             os.dup2(file.fileno(), number)
     sys.path[:0] = path  # as PYTHONPATH does; no registry has been read yet
+    from reports import render_pool
+
+    render_pool._processors, render_pool.draw = lambda: 1, lambda figure, styles: {}
+    _call(words)
+
+
+def _call(words):
     import torch
 
     from harness.cli import main
-    from reports import render_pool
+    from harness.registry import backbones
 
     torch.set_num_threads(1)
-    render_pool._processors, render_pool.draw = lambda: 1, lambda figure, styles: {}
+    spec = backbones.get("dit-xs-4")
+    narrow = {**spec.defaults, "depth": 2, "width": 48, "heads": 4}
+    backbones.register(dataclasses.replace(spec, name=NARROW, defaults=narrow))
     sys.argv = ["harness", *words]
     main()

@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 
 from backbones.dit.torch_model import DiT
+from harness import registry
 from harness.cli import group
 from harness.data.digits import load
 from harness.engines.torch.sampling import TorchChain
@@ -241,7 +242,10 @@ def test_a_system_in_torch_and_jax(run):
     assert means[0] == pytest.approx(means[1], rel=0.15)
 
 
-def test_a_run_in_jax(home):
+def test_a_run_in_jax(home, monkeypatch):
+    spec = registry.backbones.get("dit-xs-4")
+    narrow = {**spec.defaults, "depth": 2, "width": 48, "heads": 4}  # its evaluations take most of the time
+    monkeypatch.setitem(registry.backbones._items, spec.name, dataclasses.replace(spec, defaults=narrow))
     harness("run", *FIXED, "--framework", "jax", "--no-report", "--out", "jax-run", "--cfg", "1.5")
     (line, *_) = [json.loads(each) for each in (home / "jax-run" / "records.jsonl").read_text().splitlines()]
     assert (

@@ -333,7 +333,7 @@ def test_an_objective_a_sampler_and_a_guidance_of_a_package(framework, place, tm
         "cpu",
     ]
     done = harness(
-        "run", "--backbone", "dit-xs-4", "--protocol", "few.toml", "--data", "digits.npz", "--framework", framework,
+        "run", "--backbone", command_process.NARROW, "--protocol", "few.toml", "--data", "digits.npz", "--framework", framework,
         "--precision", "float32", "--micro-batch", "8", "--out", tmp_path / "run", "--no-report", *settings,
         cwd=place, path=[site],
     )  # fmt: skip
@@ -350,5 +350,5 @@ def test_an_objective_a_sampler_and_a_guidance_of_a_package(framework, place, tm
     side = json.loads((samples / "samples.json").read_text())
     assert side["identity"]["sampling"]["sampler"] == "restarted:0.5"
     # without the package, one line that names what is missing
-    done = harness("plan", "--backbone", "dit-xs-4", "--protocol", "few.toml", *settings, cwd=place)
+    done = harness("plan", "--backbone", command_process.NARROW, "--protocol", "few.toml", *settings, cwd=place)
     assert done.returncode == 2 and "noise-minus-image" in done.stderr and "Traceback" not in done.stderr
