@@ -246,8 +246,9 @@ def name(draw, *known):
 
 def place(draw, folder, valid=None):
     """A path, as text, where a file or a folder is meant; `valid` is a file or folder of the kind that is meant."""
-    here = folder / "places"
-    here.mkdir(exist_ok=True)
+    (folder / "places").mkdir(exist_ok=True)
+    here = folder / "places" / str(len(list((folder / "places").iterdir())))
+    here.mkdir()
     path = here / f"p{draw.randrange(10**6)}"
     suffix = valid.suffix if valid is not None else draw.choice((".npz", ".json", ".png", ".toml", ".pt", ""))
     path = path.with_name(path.name + suffix)
@@ -325,7 +326,7 @@ def place(draw, folder, valid=None):
         return copied(" two  words " + suffix)
     if kind == 18:
         copied("-leading" + suffix)
-        return "places/-leading" + suffix
+        return os.path.relpath(here / ("-leading" + suffix), folder)
     if kind == 19:
         return draw.choice(
             ("", ".", "..", "/", "~", "./.", "../..", "-", "--", "-x", "a/..", "//", "*", "[", "?", "**", "[!]")
@@ -1034,7 +1035,10 @@ def attempt(world, folder, kind, seed, i):
     draw = random.Random(f"{seed}-{i}")
     case = Case(world, folder, draw)
     with contextlib.chdir(folder):
-        KINDS[kind][0](case)
+        try:
+            KINDS[kind][0](case)
+        except (MemoryError, OSError, OverflowError):  # this machine does not make it
+            return None, "not made"
         before = contents(folder)
         os.environ["HARNESS_CACHE"] = str(folder.parent / "cache")
         filters = warnings.filters[:]
