@@ -140,7 +140,7 @@ class BackboneSpec:
 
         Raises `UserError` if the backbone has no network in that framework, or if the callable cannot be imported.
         """
-        if framework not in self.builders:
+        if not isinstance(framework, str) or framework not in self.builders:
             have = ", ".join(self.builders)
             raise UserError(f"backbone {self.name!r} is not implemented for {framework!r}; it is for {have}")
         return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")

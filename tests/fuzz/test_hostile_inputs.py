@@ -22,10 +22,10 @@ def shown(findings):
     return "\n".join(f"{len(texts)} x {where}: {texts[0]}" for where, texts in findings.items())
 
 
-def test_300_inputs():
-    findings, outcomes, slowest = hostile.fuzz(300, seed=1, kinds=[each for each in hostile.KINDS if each != "runs"])
+def test_150_inputs():
+    findings, outcomes, slowest = hostile.fuzz(150, seed=1, kinds=[each for each in hostile.KINDS if each != "runs"])
     assert not findings, shown(findings)
-    assert sum(number for (_, outcome), number in outcomes.items() if outcome in ("exit 2", "refused")) > 100
+    assert sum(number for (_, outcome), number in outcomes.items() if outcome in ("exit 2", "refused")) > 50
 
 
 @pytest.mark.slow
