@@ -160,7 +160,7 @@ def compare_to_target(a: Iterable[Record], b: Iterable[Record], target: Target) 
         if higher is None:
             raise UserError(f"it is not known whether higher or lower values of {target.metric} are better")
         times = [time_to_target(side, target.value, higher=higher, log=log) for side in sides]
-        found.append(_verdict(target, cell[0], *times, log))
+        found.append(_verdict(target, cell[0], times[0], times[1], log))
     return found
 
 
@@ -205,7 +205,10 @@ def reach(seed: int, points: Sequence[Point], target: float, *, higher: bool, lo
             )
         return Reach(seed=seed, low=0.0, high=after.gflops, best=best)
     before = points[first - 1]
-    scale = math.log if log else float
+
+    def scale(value: float) -> float:
+        return math.log(value) if log else value
+
     share = (scale(target) - scale(before.value)) / (scale(after.value) - scale(before.value))
     gflops = math.exp(math.log(before.gflops) + share * (math.log(after.gflops) - math.log(before.gflops)))
     seconds = device = None

@@ -114,8 +114,8 @@ def _print_to_target(comparison: Comparison, as_json: bool) -> None:
         rows = [dataclasses.asdict(each) for each in comparison.to_target]
         for row in rows:
             row["target"] = {"metric": row["target"]["metric"], "value": row["target"]["value"]}
-            for side in ("a", "b"):
-                for seed in row[side]["seeds"]:  # JSON has no infinity
+            for letter in ("a", "b"):
+                for seed in row[letter]["seeds"]:  # JSON has no infinity
                     seed["high"] = None if math.isinf(seed["high"]) else seed["high"]
         click.echo(json.dumps({"rule": comparison.rule, "rows": rows}, indent=2))
         return
@@ -151,8 +151,8 @@ def _print_to_target(comparison: Comparison, as_json: bool) -> None:
         if each.hours_ratio is not None:
             words += f", and {each.hours_ratio:.3g} times the hours"
         click.echo(words + (f" ({each.reason})" if each.reason else ""))
-    for side in _timed_on(comparison):
-        click.echo(side)
+    for sentence in _timed_on(comparison):
+        click.echo(sentence)
     click.echo(comparison.rule)
 
 

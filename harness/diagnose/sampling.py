@@ -214,6 +214,10 @@ def _check_sampler(
         "raw": "the raw weights give these samples again",
         None: "the checkpoint does not give these samples again",
     }[drawn_with]
+    if subject.protocol.space == "latents" and decoder is None:
+        again = "not drawn again, because the decoder of the samples is not at hand"
+        status = SUSPECT if stated else UNKNOWN
+        return Finding(stage=stage, status=status, measured="; ".join([*stated, again]), expected=wanted)
     if not subject.can_count(count):
         status = SUSPECT if stated or drawn_with is None else OK
         return Finding(stage=stage, status=status, measured="; ".join([*stated, again]), expected=wanted)
