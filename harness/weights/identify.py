@@ -186,8 +186,8 @@ def identify(weights: WeightFile, specs: Iterable[BackboneSpec], *, sizes: bool 
             if match.exact:
                 break  # no other size is needed; another backbone may still fit with fewer arguments
     if best is not None and best.spec is not None and best.exact:
-        if text := contradiction(weights, layout, ours, best.spec.defaults.get("heads")):
-            raise UserError(f"{weights.path} ({layout.title}): {text}")
+        if conflict := contradiction(weights, layout, ours, best.spec.defaults.get("heads")):
+            raise UserError(f"{weights.path} ({layout.title}): {conflict}")
         return best
     # The nearest of several backbones means nothing if the file has no mark of any family.
     if best is not None and (share > 0 or len(specs) == 1):
