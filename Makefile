@@ -11,7 +11,7 @@ PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --co
 .PHONY: demo test slow lint docs links study-report
 
 demo: $(VENV)/core
-	$(VENV)/bin/harness run --backbone dit-xs-2
+	$(VENV)/bin/harness run --backbone dit-2xs-2 --set objective=sit
 
 study-report: $(VENV)/core # the project's own study, from its kept measurements
 	$(VENV)/bin/python studies/findings.py --check

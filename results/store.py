@@ -190,8 +190,12 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
             raise UserError(f"{shown(given)} is no path of records: name a run, a folder of runs, or a records.jsonl")
         path = Path(given)
         if path.is_dir():
-            logs = (each for each in path.rglob("*.jsonl") if each.is_file())  # opening a pipe may wait for ever
-            found.update(each for each in logs if each.name == RECORDS_FILE or _holds_records(each))
+            try:
+                logs = (each for each in path.rglob("*.jsonl") if each.is_file())  # opening a pipe may wait for ever
+                found.update(each for each in logs if each.name == RECORDS_FILE or _holds_records(each))
+            except OSError as error:  # such as a folder that changes meanwhile
+                where = error.filename or path
+                raise UserError(f"{path} cannot be searched for records: {where}: {error.strerror or error}") from error
         elif path.exists():
             found.add(path)
         else:

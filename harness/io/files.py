@@ -228,6 +228,8 @@ def check_output(path: Path, flag: str) -> None:
             raise UserError(f"{flag} {path} is a folder; name a file in it")
         if path.exists() and not path.is_file():
             raise UserError(f"{flag} {path} is a device or a pipe and no file; name another place")
+        if path.is_symlink() and not path.exists():  # writing would replace the link
+            raise UserError(f"{flag} {path} is a link to nothing; name another place")
         place = path if path.exists() else next(each for each in path.absolute().parents if each.exists())
         if place != path and not place.is_dir():
             raise UserError(f"{flag} {path}: {place} is a file and no folder; name another place")

@@ -32,7 +32,7 @@ def smallest(specs):
 
 
 def test_there_are_packages():
-    assert {"u-vit", "gated-conv", "jit-like"} <= {package.name for package in PACKAGES}
+    assert {"u-vit", "gated-conv", "jit-like", "sit"} <= {package.name for package in PACKAGES}
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)

@@ -9,9 +9,10 @@ import pytest
 from harness.errors import UserError
 from harness.io.files import read_json
 from harness.io.text import parse_json, read_path, read_toml
+from harness.pipeline.evaluate import check_picture
 from harness.runs.samples import find_sidecar
 from results.records import Record, to_json
-from results.store import append, check_record_file, load
+from results.store import append, check_record_file, find_record_files, load
 
 RECORD = Record(
     provenance="measured", metric="fd", value=1.0, system="x", n=100, protocol="digits", resolution=8, dataset="digits"
@@ -132,3 +133,26 @@ def test_a_record_file_that_was_cut_is_one(tmp_path):
         check_record_file(tmp_path / "r.jsonl")
         append(tmp_path / "r.jsonl", [RECORD])
         assert (tmp_path / "r.jsonl").read_text().strip() == to_json(RECORD)
+
+
+def test_a_link_to_nothing_is_not_replaced(tmp_path):
+    (tmp_path / "n.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UserError, match="is a link to nothing"):
+        check_picture(tmp_path / "n.png")
+    assert (tmp_path / "n.png").is_symlink()
+
+
+def test_a_picture_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "n.png").write_bytes(b"a picture of the user's")
+    with pytest.raises(UserError, match="no picture of neighbours"):
+        check_picture(tmp_path / "n.png")
+
+
+def test_a_folder_that_cannot_be_searched_is_one_line(tmp_path, monkeypatch):
+    def rglob(self, pattern):
+        raise OSError(22, "Invalid argument", str(tmp_path / "self"))
+        yield
+
+    monkeypatch.setattr("pathlib.Path.rglob", rglob)
+    with pytest.raises(UserError, match="cannot be searched for records"):
+        find_record_files([tmp_path])

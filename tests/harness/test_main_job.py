@@ -1,9 +1,10 @@
-"""The first command of README and first steps, as it stands there: minutes, so on demand (`make slow`)."""
+"""The first command of README, as it stands there: minutes, so on demand (`make slow`)."""
 
 import json
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +22,15 @@ from harness.planning.request import make_request
 from harness.runs.sample_set import labels_of
 
 N = 898  # half of the digits
+README_WORDS = ["run", "--backbone", "dit-2xs-2", "--set", "objective=sit", "--out", "runs/a"]
 
 
 @pytest.mark.slow
 def test_the_first_command_makes_digits_that_can_be_told(tmp_path):
+    assert f"harness {' '.join(README_WORDS)} " in (Path(__file__).parents[2] / "README.md").read_text()
     begin = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "harness", "run", "--backbone", "dit-xs-2"],
+        [sys.executable, "-m", "harness", *README_WORDS],
         cwd=tmp_path, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     seconds = time.monotonic() - begin
@@ -43,7 +46,7 @@ def test_the_first_command_makes_digits_that_can_be_told(tmp_path):
     halves = frechet_distance(first, second)
     untrained = frechet_distance(statistics(extractor(untrained_samples()).pooled), first)
 
-    (run,) = (tmp_path / "runs").glob("digits-*")
+    run = tmp_path / "runs" / "a"
     paths = sorted(run.glob("samples/*/samples.npz"))
     assert len(paths) == 3
     for path in paths:
@@ -68,10 +71,11 @@ def test_the_first_command_makes_digits_that_can_be_told(tmp_path):
 
 def untrained_samples():
     """What the same network draws before its first step."""
-    request = make_request(backbone="dit-xs-2", protocol="digits")
+    request = make_request(backbone="dit-2xs-2", protocol="digits", settings={"objective": "sit"})
     plan = sampler_plan(
-        "ddpm", 10, schedule="linear", diffusion_steps=1000, objective=request.recipe.objective, clip_denoised=True
-    )
+        request.sampling.sampler, 10, schedule=request.recipe.schedule, diffusion_steps=1000,
+        objective=request.recipe.objective, clip_denoised=True,
+    )  # fmt: skip
     net = build(request.spec, request.arguments, 0)
     sampler = TorchSampler(
         request.spec, net, plan, request.sampling, arguments=request.arguments, precision="float32",

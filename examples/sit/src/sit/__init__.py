@@ -1,0 +1,1 @@
+"""SiT, with REPA as an option, for backbone-harness."""
