@@ -191,7 +191,9 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
         path = Path(given)
         if path.is_dir():
             try:
-                logs = (each for each in path.rglob("*.jsonl") if each.is_file())  # opening a pipe may wait for ever
+                logs = (
+                    each for each in path.rglob("*.jsonl") if each.is_file() or each.is_dir()
+                )  # opening a pipe may wait for ever
                 found.update(each for each in logs if each.name == RECORDS_FILE or _holds_records(each))
             except OSError as error:  # such as a folder that changes meanwhile
                 where = error.filename or path

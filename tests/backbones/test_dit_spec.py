@@ -14,8 +14,9 @@ BY_NAME = {spec.name: spec for spec in SPECS}
 def test_every_size_patch_and_block_has_one_name():
     assert len(BY_NAME) == len(SPECS) == (4 * 3 + 3 * 3) * 4
     paper = [f"dit-{size}-{patch}" for size in ("s", "b", "l", "xl") for patch in (8, 4, 2)]
+    small = [f"dit-{size}-{patch}" for size in ("xs", "2xs", "3xs") for patch in (8, 4, 2)]
     suffixes = ("", "-in-context", "-cross-attention", "-adaln")
-    expected = {name + suffix for name in [*paper, "dit-xs-4", "dit-xs-2"] for suffix in suffixes}
+    expected = {name + suffix for name in [*paper, *small] for suffix in suffixes}
     assert set(BY_NAME) == expected
 
 

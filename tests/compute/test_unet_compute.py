@@ -17,7 +17,7 @@ from harness.registry import backbones
 
 SPECS = (*ADM_SPECS, *LDM_SPECS)
 BY_NAME = {spec.name: spec for spec in SPECS}
-XS = [spec.name for spec in SPECS if "-xs" in spec.name]
+XS = [spec.name for spec in SPECS if "xs" in spec.name]
 OURS = {*XS, "adm-u-32-64"}  # of no paper and no release
 
 # Parameters and keys of the state dict. LDM's are those of the U-Net and of the class table, one key.

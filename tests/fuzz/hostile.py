@@ -316,7 +316,7 @@ def place(draw, folder, valid=None):
                 "/proc/self/mem",
                 "/proc/self/status",
                 "/proc/self/fd",
-                "/proc/1/root/x",
+                "/proc/1/cwd/x",
                 "/sys/kernel",
             )
         )

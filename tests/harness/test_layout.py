@@ -153,6 +153,7 @@ def test_results_need_only_the_standard_library():
         "compare.py": {"scipy"},
         "simultaneous.py": {"scipy"},
         "frame.py": {"pandas"},
+        "variances.py": {"scipy"},
     }  # imported by the functions that need them
     for path in sources("results"):
         assert {name.partition(".")[0] for name in imports(path)} <= allowed | late.get(path.name, set()), path

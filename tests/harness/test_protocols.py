@@ -107,7 +107,7 @@ def test_every_recipe_item_can_be_overridden_from_text():
     recipe = Recipe(ema_widths="0.1")  # without them there are no ema_snapshots
     for item in dataclasses.fields(recipe):
         value = getattr(recipe, item.name)
-        word = {"ema_widths": "0.05:0.2", "objective": "x0"}.get(item.name, "cosine")
+        word = {"ema_widths": "0.05:0.2", "objective": "x0", "auxiliary": "repa:none:blocks.0"}.get(item.name, "cosine")
         text = {bool: "false", int: "17", float: "0.5", str: word}[type(value)]
         changed = override(recipe, {item.name: text})
         assert getattr(changed, item.name) == {bool: False, int: 17, float: 0.5, str: word}[type(value)]

@@ -11,7 +11,18 @@ from reports.report import packaged_runs
 from results.store import load
 
 ROOT = Path(__file__).parents[2]
-CODE = "import sys, runpy; sys.modules.update(torch=None, jax=None); sys.argv = ['findings', '--check']; runpy.run_path(sys.path.pop(0), run_name='__main__')"
+CODE = """
+import runpy, sys
+
+class WithoutFrameworks:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "jax"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, WithoutFrameworks())
+sys.argv = ["findings", "--check"]
+runpy.run_path(sys.path.pop(0), run_name="__main__")
+"""
 
 
 def checked(root):
