@@ -261,7 +261,7 @@ def without_cache(cache: Path) -> Iterator[None]:
     """Log a warning where the cache, which only saves time, cannot be written: a read-only folder, a full disk."""
     try:
         yield
-    except (OSError, RunError) as error:
+    except (OSError, RunError, ValueError) as error:  # ValueError: a name that the system cannot hold
         reason = (error.strerror or error) if isinstance(error, OSError) else error
         logger.warning(f"{cache} cannot be written ({reason}): the features are computed again next time")
 

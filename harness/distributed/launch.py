@@ -12,7 +12,7 @@ from typing import NamedTuple
 from harness.errors import UserError
 
 DEFAULT_PORT = 29500  # torch's
-RANK_ZERO_SECONDS = 2.0  # for rank 0 to meet the same error and end; less than GRACE_SECONDS of engines.torch.watch
+RANK_ZERO_SECONDS = 4.0  # for rank 0 to meet the same error and end; less than GRACE_SECONDS of engines.torch.watch
 # Variables for rank, world size, local rank and local world size: those of torchrun, which a user who starts each process
 # by hand sets as well, and those of srun. Both need MASTER_ADDR.
 LAUNCHERS = (

@@ -58,6 +58,9 @@ class EvaluateResult:
     notes: tuple[str, ...] = ()
 
 
+MAX_CLASSES = 1_000_000  # that labels in files may stand for
+
+
 class RecordsNotWritten(RunError):
     """The record file cannot be written. result: what was measured."""
 
@@ -179,6 +182,11 @@ def _protocol_of_files(path: Path, reference: ImageSource | None, name: Path) ->
     labels = [each.labels for each in (samples, reference) if each is not None and each.labels is not None]
     known = bool(labels) and all(int(each.min()) >= 0 for each in labels)  # -1 is a usual label of unlabelled images
     classes = 1 + max(int(each.max()) for each in labels) if known else 1
+    if classes > MAX_CLASSES:
+        raise UserError(
+            f"{path} and {name}: label {classes - 1} is no number of a class; give the protocol of these images, or files "
+            "without labels"
+        )
     return protocol_of_files(name_of(name.resolve()), samples.shape, classes, get_protocol(DEFAULT_PROTOCOL).suite)
 
 

@@ -252,7 +252,7 @@ def layout_names() -> list[str]:
 
 def refuse_existing(path: Path) -> None:
     """UserError where `path` exists."""
-    if path.exists():
+    if path.exists() or path.is_symlink():  # also a link to nothing
         raise UserError(f"{path} exists and is not overwritten; choose another name with --out")
 
 

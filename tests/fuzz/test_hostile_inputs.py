@@ -1,16 +1,20 @@
 """Hostile inputs (`hostile`) end in a result or in one line: never a traceback, a wait, or a changed file of the user's."""
 
 import os
+from pathlib import Path
 
 import hostile
 import numpy as np
 import pytest
 
+import harness
+from evaluators.reference import without_cache
 from harness.errors import UserError
 from harness.io.files import read_json
 from harness.io.text import parse_json, read_path, read_toml
 from harness.pipeline.evaluate import check_picture
 from harness.runs.samples import find_sidecar
+from harness.weights.transfer import refuse_existing
 from results.records import Record, to_json
 from results.store import append, check_record_file, find_record_files, load
 
@@ -156,3 +160,22 @@ def test_a_folder_that_cannot_be_searched_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr("pathlib.Path.rglob", rglob)
     with pytest.raises(UserError, match="cannot be searched for records"):
         find_record_files([tmp_path])
+
+
+def test_weights_are_not_written_over_a_link_to_nothing(tmp_path):
+    (tmp_path / "w.pt").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match="exists and is not overwritten"):
+        refuse_existing(tmp_path / "w.pt")
+
+
+def test_labels_that_are_no_classes_are_refused(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "s.npz", arr_0=images, arr_1=np.full(60, 10**13))
+    with pytest.raises(UserError, match="no number of a class"):
+        harness.evaluate(samples=tmp_path / "s.npz", reference=tmp_path / "s.npz", suite="embedded")
+
+
+def test_a_cache_that_no_system_can_name_is_a_warning(caplog):
+    with without_cache(Path("x\ud800")):
+        Path("x\ud800").mkdir()
+    assert "computed again next time" in caplog.text

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 FRAME = struct.Struct("!cI")  # a message: an event, one of the next line, and the index of the process that it is about
 DONE, FAILED, GONE = b"w", b"b", b"g"  # a process has finished its work, stopped on an error that it printed, or died
-GRACE_SECONDS = 3.0  # for a process to end by itself after another has failed: often on the same error
+GRACE_SECONDS = 6.0  # for a process to end by itself after another has failed: often on the same error
 PROBE_SECONDS = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a lost machine is noticed in 30 s
 HELLO = struct.Struct("!I16s")  # the index of the process that connects, and the token
 CONTINUES = "the same command continues from the last checkpoint"
