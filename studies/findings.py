@@ -88,6 +88,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def not_yet(models: Sequence[str]) -> str:
+    """A line below a table; "" if nothing is missing."""
+    return f"\nNot measured yet: {', '.join(models)}.\n" if models else ""
+
+
 def value_text(group: Group | None) -> str:
     """`62.1 [60.2, 64.0] (3)`: mean, interval and number of training seeds."""
     if group is None:
@@ -108,7 +113,9 @@ def scaling(records: list[Record]) -> str:
         for name in SCALING
         if chosen(records, name, "embedded", STEPS)
     ]
-    return markdown(["model", "Gflops", *(f"FD, {name}" for name in SUITES.values())], rows)
+    missing = [name for name in SCALING if chosen(records, name, "embedded", STEPS) is None]
+    head = ["model", "Gflops", *(f"FD, {name}" for name in SUITES.values())]
+    return markdown(head, rows) + not_yet(missing)
 
 
 def correlation(records: list[Record]) -> str:
@@ -154,26 +161,32 @@ def steps_or_size(records: list[Record]) -> str:
 
 def lottery(records: list[Record]) -> str:
     """The noise of training and of sampling, and the seeds that a difference needs."""
-    table = seeds_table([record for record in records if record.metric in ("fd", "kid", "is", "precision", "recall")])
-    if table is None:
-        return "not measured\n"
-    rows = []
-    for section in table.sections:
-        features = next(
-            (name for suite, name in SUITES.items() if suite in section.heading.split(", ")), section.heading
-        )
-        rows += [[features, *line.cells[:2], *line.cells[3:]] for line in section.lines]
-    columns = table.sections[0].columns
-    return markdown(["features", *columns[:2], *columns[3:]], rows)
+    rows: list[list[str]] = []
+    columns: tuple[str, ...] = ()
+    for suite, features in SUITES.items():
+        of_suite = [
+            record
+            for record in records
+            if record.evaluation is not None and record.evaluation.suite == suite
+            and record.metric in ("fd", "kid", "is", "precision", "recall")
+        ]  # fmt: skip
+        table = seeds_table(of_suite)
+        for section in table.sections if table is not None else ():
+            columns = section.columns
+            rows += [[features, *line.cells[:2], *line.cells[3:]] for line in section.lines]
+    return markdown(["features", *columns[:2], *columns[3:]], rows) if rows else "Not measured yet.\n"
 
 
 def _ranking(names: Sequence[str], others: Callable[[str], int | None]) -> Callable[[list[Record]], str]:
     """A function that compares each model with the first; others: training steps of a model."""
 
     def table(records: list[Record]) -> str:
-        rows = []
+        rows, missing = [], []
         for name in names:
-            cells = [name, "" if not any(r.backbone == name for r in records) else f"{gflops(records, name):.4f}"]
+            if chosen(records, name, "embedded", STEPS, training_steps=others(name)) is None:
+                missing.append(name)
+                continue
+            cells = [name, f"{gflops(records, name):.4f}"]
             for suite in SUITES:
                 group = chosen(records, name, suite, STEPS, training_steps=others(name))
                 first = chosen(records, names[0], suite, STEPS, training_steps=others(names[0]))
@@ -184,7 +197,7 @@ def _ranking(names: Sequence[str], others: Callable[[str], int | None]) -> Calla
         head = ["model", "Gflops"]
         for name in SUITES.values():
             head += [f"FD, {name}", f"against {names[0]}"]
-        return markdown(head, rows)
+        return (markdown(head, rows) if len(rows) > 1 else "") + not_yet(missing)
 
     return table
 
@@ -202,6 +215,8 @@ def isoflop(records: list[Record]) -> str:
         for name, steps in sorted(models.items(), key=lambda pair: gflops(records, pair[0])):
             values = [value_text(chosen(records, name, suite, STEPS, training_steps=steps)) for suite in SUITES]
             rows.append([f"{budget:,}", name, f"{gflops(records, name):.4f}", f"{steps:,}", *values])
+    if not rows:
+        return "Not measured yet.\n"
     head = ["training Gflops", "model", "Gflops", "steps", *(f"FD, {name}" for name in SUITES.values())]
     return markdown(head, rows)
 

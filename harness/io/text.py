@@ -5,6 +5,7 @@ Each reader takes text or a Python value and returns the value; a ValueError say
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -131,6 +132,13 @@ def read_path(value: Any) -> Path:
         raise ValueError("the path is empty; name a file or a folder")
     if "\0" in str(path):
         raise ValueError(f"{shown(value)} is no path: it holds a zero byte")
+    try:
+        path.stat()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # it can neither be read nor be made
+            raise ValueError(f"{shown(value)} is no path: {error.strerror}") from None
+    except ValueError as error:  # characters that the system cannot encode
+        raise ValueError(f"{shown(value)} is no path: {error}") from None
     return path.resolve() if path.name in ("", "..") else path
 
 

@@ -39,7 +39,7 @@ from typing import Any
 
 from harness.diffusion.guidance import Guidance, read_guidance
 from harness.errors import UserError, shown
-from harness.io.text import count, read_switch, read_toml
+from harness.io.text import MAX_INT, count, read_switch, read_toml
 from harness.protocols import LONGEST_NAME
 from harness.registry import unknown
 from harness.settings import RunOptions, settings_of, study_settings
@@ -166,7 +166,7 @@ def _positive(value: object, where: str) -> int:
 
 
 def _number(value: object, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -MAX_INT <= value <= MAX_INT:
         raise ValueError("must be a number")
     return float(value)
 

@@ -14,6 +14,7 @@ from harness.io.files import read_json
 from harness.io.text import parse_json, read_path, read_toml
 from harness.pipeline.evaluate import check_picture
 from harness.runs.samples import find_sidecar
+from harness.studies import load as load_study
 from harness.weights.transfer import refuse_existing
 from results.records import Record, to_json
 from results.store import append, check_record_file, find_record_files, load
@@ -179,3 +180,17 @@ def test_a_cache_that_no_system_can_name_is_a_warning(caplog):
     with without_cache(Path("x\ud800")):
         Path("x\ud800").mkdir()
     assert "computed again next time" in caplog.text
+
+
+def test_links_in_a_circle_and_names_too_long_are_no_paths(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    for path in (tmp_path / "a" / "x", tmp_path / ("x" * 300), "x\ud800"):
+        with pytest.raises(ValueError, match="is no path"):
+            read_path(path)
+
+
+def test_a_number_that_no_float_holds_is_no_number(tmp_path):
+    (tmp_path / "s.toml").write_text(f'protocol = "digits"\nbackbones = ["dit-xs-4"]\n[sampling]\neta = {10**400}\n')
+    with pytest.raises(UserError, match="must be a number"):
+        load_study(tmp_path / "s.toml")
