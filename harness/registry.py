@@ -139,7 +139,7 @@ class Registry(Generic[Item]):
             return
         self._loaded = True  # before loading, because an entry point may use this registry while it is loaded
         for item in self._built_in:
-            if item.name not in self._items:
+            if getattr(item, "name", None) not in self._items:
                 self.register(item, OWN_DISTRIBUTION)
         # Built-in entry points come first, so that a plug-in cannot take a built-in name.
         points = sorted(

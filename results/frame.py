@@ -42,7 +42,7 @@ def load_records(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
       `higher_is_better`: from the record, or else from the registered metric; missing where neither states it.
     - `n` (images evaluated), `provenance`, `protocol`, `protocol_version`, `resolution` (pixels per side), `dataset`,
       `system`, `backbone`, `kind`, `framework`, `params`, `gflops` and `gflops_published_input` (per forward
-        pass), `gflops_source` (traced, or None).
+      pass), `gflops_source` (traced, or None).
     - the fields of `results.records.Training`, `Sampling`, `Evaluation`, `Environment` and `Source`, with the name of the
       part in front: `training_steps`, `training_seed`, `sampling_steps`, `sampling_evaluations`, `evaluation_suite`,
       `environment_device`, `source_table`, ... `environment_versions` holds a dict per record (library -> version).

@@ -30,7 +30,6 @@ This module reads the file; `expand` makes the runs, `state` reads their progres
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
