@@ -179,9 +179,10 @@ def commands(text):
 @pytest.fixture(scope="module")
 def session(tmp_path_factory):
     """The pages' folder; the registries are as before when all pages are done."""
+    for each in registries():
+        each.names()  # loads it
     before = [(each, dict(vars(each))) for each in registries()]
     for each, state in before:
-        each.names()
         state.update({name: value.copy() for name, value in vars(each).items() if isinstance(value, (dict, list))})
     session = Session(tmp_path_factory.mktemp("documents"))
     session.shrink()

@@ -175,7 +175,6 @@ BAD_OUTPUTS = {
     "a folder": lambda folder: ("--out", folder),
     "a device": lambda folder: ("--out", "/dev/full"),
     "below a file": lambda folder: ("--out", folder / "s.npz" / "r.jsonl"),
-    "too long": lambda folder: ("--out", folder / ("n" * 300)),
     "a picture that is a folder": lambda folder: ("--neighbours", folder),
     "a picture of another kind": lambda folder: ("--neighbours", folder / "n.bmp"),
     "a picture without an ending": lambda folder: ("--neighbours", folder / "n"),
@@ -189,6 +188,11 @@ def test_what_cannot_be_written_is_refused_before_anything_is_measured(packed, t
     done = evaluate(packed, *BAD_OUTPUTS[case](tmp_path))
     assert isinstance(done.exception, UserError), done.exception
     assert "\n" not in str(done.exception)
+
+
+def test_a_name_that_is_too_long_is_no_path(packed, tmp_path):
+    done = evaluate(packed, "--out", tmp_path / ("n" * 300))
+    assert done.exit_code == 2 and "is no path: File name too long" in " ".join(done.output.split())
 
 
 def test_a_reference_that_cannot_be_written_is_refused_before_the_images_are_read(packed, tmp_path):
