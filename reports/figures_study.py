@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from reports.charts import Figure, Mark, Panel, Series
 from reports.points import (
-    ALONG_TRAINING,
     BEYOND,
     SIGNS,
     Group,
@@ -23,11 +22,12 @@ from reports.points import (
     usual_sampling,
 )
 from reports.texts import count_text
+from results.compare import ALONG_TRAINING
 from results.records import Record, Training
 
 # Tables of the paper: DETAILS has all DiTs with their training, SYSTEMS compare the best of them with other systems.
 DETAILS, SYSTEMS = ("Table 4",), ("Table 2", "Table 3")
-DIT = re.compile(r"dit-(?P<size>xs|s|b|l|xl)-(?P<patch>\d+)(?:-(?P<block>in-context|cross-attention|adaln))?")
+DIT = re.compile(r"dit-(?P<size>3xs|2xs|xs|s|b|l|xl)-(?P<patch>\d+)(?:-(?P<block>in-context|cross-attention|adaln))?")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

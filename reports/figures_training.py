@@ -40,7 +40,7 @@ from reports.points import (
 from results.metrics import LOSS, higher_is_better, rank
 from results.records import Record
 
-_SIZE_ORDER = ("xs", "s", "b", "l", "xl")
+_SIZE_ORDER = ("3xs", "2xs", "xs", "s", "b", "l", "xl")
 MAX_METRICS = 8  # rows of Figure 12
 
 

@@ -39,7 +39,6 @@ _WITHOUT_NAME = frozenset({"training steps", "sampler", "sampling steps", "guida
 # only low bits.
 _IGNORED = ("seed", "checkpoint_sha256", "micro_batch", "forked_at", "parent_sha256", "samples_sha256", "batch")
 ALONG_SAMPLING = ("steps", "stage_steps", "evaluations", "gflops_per_image")
-ALONG_TRAINING = ("steps", "images", "gflops", "auxiliary_gflops")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -45,6 +45,7 @@ SAMPLING_RULE = (
 RULE = (
     f"{SEEDS_RULE}. {SAMPLING_RULE}. Lines are tested one by one: of twenty ties one shows a win or a loss by chance."
 )
+ALONG_TRAINING = ("steps", "images", "gflops", "auxiliary_gflops")  # fields of Training that grow along a training
 Cell = tuple[str, str | None, str, ComparableKey]  # (metric, mode, way of sampling, comparable key)
 Cells = dict[Cell, "Group"]
 

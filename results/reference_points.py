@@ -24,7 +24,7 @@ from typing import Any
 from harness.errors import UserError
 from harness.io import files
 from results.compare import sampling_text, student_t
-from results.metrics import higher_is_better
+from results.metrics import known
 from results.records import Record, comparable_key
 
 SCHEMA = 1
@@ -163,25 +163,18 @@ def check(
 
 
 def _higher(name: str) -> bool:
-    from results.metrics import known
-
     metric = known(name)
     return metric is not None and metric.higher_is_better
 
 
 def distances(records: Iterable[Record]) -> dict[Quantity, float]:
-    """The values of Frechet and kernel distances of the records of one run: lower is better, and they are above 0.
+    """The Frechet distances of the records of one run: lower is better, and they are above 0.
 
     Shares, such as precision, are left out: a log has no meaning near 1. Sample sets of several sampling seeds: the first.
     """
     found: dict[Quantity, float] = {}
     for record in sorted(records, key=lambda each: ((each.sampling and each.sampling.seed) or 0, each.id)):
-        if (
-            record.metric in ("fid", "fd")
-            and not higher_is_better(record)
-            and record.training
-            and record.training.steps
-        ):
+        if record.metric in ("fid", "fd") and record.training and record.training.steps:
             quantity = Quantity(
                 step=record.training.steps,
                 name=record.metric,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 from harness.errors import UserError
-from results.compare import experiment_key, group_of, sampling_text, student_t
+from results.compare import ALONG_TRAINING, experiment_key, group_of, sampling_text, student_t
 from results.metrics import higher_is_better, known, shared_direction
 from results.records import ComparableKey, Record, comparable_key
 
@@ -339,5 +339,5 @@ def _curves_of_side(
 def _curve_key(record: Record) -> tuple:
     """`experiment_key` without what grows along a training."""
     assert record.training is not None
-    training = dataclasses.replace(record.training, steps=None, images=None, gflops=None)
+    training = dataclasses.replace(record.training, **dict.fromkeys(ALONG_TRAINING))
     return experiment_key(dataclasses.replace(record, training=training))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import click
 
 from harness.cli.flags_from_settings import json_option
-from harness.io.processors import BUSY, load_of_others, processors
+from harness.io.processors import BUSY, load, processors
 from harness.io.progress import Bar
 
 SIDE = 512  # rows and columns of the matrices in the timed product
@@ -100,10 +100,10 @@ def _sharing() -> list[Finding]:
         findings.append(
             Finding("note", f"{usable} of this machine's {of_machine} processors may be used (quota or binding)")
         )
-    if (load := load_of_others()) > BUSY * of_machine:
+    if (running := load()) > BUSY * of_machine:
         findings.append(
             Finding(
-                "note", f"others use this machine: {load:.1f} processes have run on average in the last minute",
+                "note", f"others use this machine: {running:.1f} processes have run on average in the last minute",
                 "speeds measured now are too low, and change",
             )
         )  # fmt: skip

@@ -197,10 +197,9 @@ def open_subject(
         references = reference_images(open_reference(reference), reference)
         if not len(references):
             raise UserError(f"--reference {reference} holds statistics and no images, which diagnose needs")
-    elif training is not None:
-        references = training
     else:
-        references = load_data(loaded, data)
+        whole = load_data(loaded, data) if training is None else training
+        references = whole.reference(loaded.reference_images)  # as `harness evaluate` compares with
     config = make_config(get_suite(suite or loaded.suite), weights, "torch", None)
     return Subject(
         path=samples, images=source.array(), labels=source.labels, protocol=loaded, run=run,

@@ -32,6 +32,6 @@ def quota(cgroup: Path = CGROUP) -> float | None:
     return None
 
 
-def load_of_others() -> float:
+def load() -> float:
     """Mean number of running processes over the last minute, this process's own included; 0 where it is not known."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0

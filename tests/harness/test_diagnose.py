@@ -1,5 +1,6 @@
 """diagnose: runs that are broken on purpose, one stage each, are named by that stage; healthy runs are healthy."""
 
+import dataclasses
 import json
 import shutil
 
@@ -105,6 +106,19 @@ def test_a_healthy_run_is_healthy(home):
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
     assert document["healthy"] and [each["stage"] for each in document["findings"]][:3] == ["data", "labels", "loss"]
+
+
+def test_a_part_of_the_data_set_as_reference_is_the_right_reference(home):
+    """Of a protocol with `reference_images`: `harness evaluate` compares with that part, and so does diagnose."""
+    run, request = copied(home, "part")
+    protocol = dataclasses.replace(run.protocol, reference_images=200)
+    document = json.loads((run.folder / "run.json").read_text())
+    document["protocol"]["reference_images"] = 200
+    (run.folder / "run.json").write_text(json.dumps(document))
+    request = dataclasses.replace(request, protocol=protocol)
+    small.draw(open_run(home / "part"), request, STEPS, good(home).reference(200))
+    found = run_diagnose(home, "part", against=None)
+    assert of_stage(found, "reference").status == "ok" and "reference" not in named(found)
 
 
 def broken_sampler(home):

@@ -37,10 +37,10 @@ def test_processors_are_those_bound_or_fewer(monkeypatch, allowed, expected):
 
 def test_doctor_says_what_others_use(monkeypatch):
     monkeypatch.setattr(doctor, "processors", lambda: os.cpu_count())
-    monkeypatch.setattr(doctor, "load_of_others", lambda: 0.1)
+    monkeypatch.setattr(doctor, "load", lambda: 0.1)
     assert doctor._sharing() == []
     monkeypatch.setattr(doctor, "processors", lambda: 0)
-    monkeypatch.setattr(doctor, "load_of_others", lambda: 99.0)
+    monkeypatch.setattr(doctor, "load", lambda: 99.0)
     assert [each.status for each in doctor._sharing()] == ["note", "note"]
 
 

@@ -8,10 +8,13 @@ from importlib import resources
 
 import pytest
 
+from harness import registry
 from reports.charts import Mark, model_styles, to_csv
 from reports.drawing import draw
 from reports.figures import figures, published_records
 from reports.figures_gflops import missing_law_note
+from reports.figures_study import DIT
+from reports.figures_training import _SIZE_ORDER
 from reports.points import usual_sampling
 from results.records import Sampling, Training
 
@@ -338,3 +341,10 @@ def test_compute_to_a_target_is_that_of_compare(lengths):
     assert set(by_model) == set(gflops)
     assert named([r for r in falling if r.training.seed == 0], "time-to-target") is None  # never of one run
     assert draw(figure, model_styles(falling))["png"]
+
+
+def test_every_dit_of_the_registry_is_known_as_one():
+    names = [spec.name for spec in registry.backbones if spec.family == "dit"]
+    sizes = {match["size"] for name in names if (match := DIT.fullmatch(name))}
+    assert len(names) == 84 and all(DIT.fullmatch(name) for name in names)
+    assert sizes == set(_SIZE_ORDER)

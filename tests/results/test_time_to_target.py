@@ -1,5 +1,6 @@
 """Time to target: curves whose crossing is known, censoring that is never extended, and verdicts that need seeds."""
 
+import dataclasses
 import json
 import math
 import random
@@ -40,6 +41,19 @@ def test_a_power_law_is_interpolated_exactly():
     assert found.a.gflops == pytest.approx((1000 / 50) ** 2) and found.b.gflops == pytest.approx((800 / 50) ** 2)
     assert found.a.hours == pytest.approx(found.a.gflops * 3.6 / 3600) and found.a.device == "a GPU"
     assert found.ratio == pytest.approx(25 / 16) and found.verdict == "loss" and found.log_scale
+
+
+def test_compute_of_an_auxiliary_loss_grows_along_the_training():
+    """Marks of one training, although each has other Gflops of its auxiliary loss."""
+    sides = []
+    for name in "ab":
+        records = [record for seed in range(2) for record in curve(1000.0, seed, name)]
+        trainings = [
+            dataclasses.replace(each.training, auxiliary_gflops=0.5 * each.training.gflops) for each in records
+        ]
+        sides.append([dataclasses.replace(r, training=t) for r, t in zip(records, trainings, strict=True)])
+    (found,) = compare_to_target(*sides, read_target("fd=50"))
+    assert found.a.gflops == pytest.approx(400)
 
 
 def test_the_interval_is_over_training_seeds_and_covers():
