@@ -27,7 +27,7 @@ from typing import Any
 from harness._version import VERSION
 from reports.commands import reproduction
 from reports.texts import metric_name
-from results.compare import sampling_text
+from results.experiments import sampling_text
 from results.metrics import higher_is_better, known
 from results.records import Record
 

@@ -37,8 +37,8 @@ from reports.points import (
     quality_axis,
 )
 from reports.texts import count_text, guidance_text, sampling_steps_text, states_guidance
-from results.compare import Group as SeedGroup
-from results.compare import group_of
+from results.experiments import Group as SeedGroup
+from results.experiments import group_of
 from results.records import Record, Sampling
 
 MAX_POINTS = 400  # settings drawn in a panel

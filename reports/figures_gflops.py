@@ -38,7 +38,7 @@ from reports.points import (
     quality_axis,
 )
 from reports.texts import quantity_text
-from results.compare import group_of
+from results.experiments import group_of
 from results.records import Record, Sampling
 
 NEAR = 4.0  # predictions outside [lowest / 4, highest * 4] of a law's points are only in the CSV file

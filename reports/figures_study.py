@@ -22,7 +22,7 @@ from reports.points import (
     usual_sampling,
 )
 from reports.texts import count_text
-from results.compare import ALONG_TRAINING
+from results.experiments import ALONG_TRAINING
 from results.records import Record, Training
 
 # Tables of the paper: DETAILS has all DiTs with their training, SYSTEMS compare the best of them with other systems.

@@ -18,7 +18,7 @@ from statistics import NormalDist, fmean
 
 import numpy as np
 
-from results.compare import student_t
+from results.experiments import student_t
 
 FEWEST = 4  # points that a power law needs, so that two degrees of freedom are left for its scatter
 FEWEST_WITH_FLOOR = 6  # points that the corrected Akaike criterion needs with a floor

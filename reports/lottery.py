@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from reports.rows import Cell
 from reports.sections import Section, Table, aligned, make_line
 from reports.texts import count_text, key_text, title_of
-from results.compare import Group, experiment_key, group_of, sampling_text
+from results.experiments import Group, experiment_key, group_of, sampling_text
 from results.metrics import rank
 from results.records import Record, comparable_key
 from results.variances import ALPHA, POWER, Components, components

@@ -10,7 +10,8 @@ from reports.rows import Cell, Row, column_title, columns_of, metrics_of
 from reports.sections import Section, build_section, data_row
 from reports.texts import key_text, measured_text
 from results.cautions import cautions
-from results.compare import Group, experiment_key, group_of, student_t, verdict_of
+from results.compare import verdict_of
+from results.experiments import Group, experiment_key, group_of, student_t
 from results.metrics import shared_direction
 
 REMARK = (

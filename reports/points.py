@@ -14,7 +14,7 @@ from reports.charts import Axis, Mark, Series, model_of
 from reports.rows import groups
 from reports.tables import may_share
 from reports.texts import count_text, guidance_text, measured_text, metric_name, row_metadata, suite_text
-from results.compare import group_of
+from results.experiments import group_of
 from results.metrics import shared_direction
 from results.records import Record, Sampling, Training, comparable_key
 

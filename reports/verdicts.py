@@ -6,7 +6,8 @@ from reports.rows import Cell
 from reports.sections import Section, Table, aligned, make_line
 from reports.texts import count_text, key_text, measured_text, quantity_text, title_of
 from results.cautions import cautions, sampling_gflops
-from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict, differing
+from results.compare import SAMPLING_RULE, SEEDS_RULE, Verdict, differing
+from results.experiments import Group
 from results.matched import TOLERANCE, Matchup, Matchups, compute, matchups
 from results.records import Record, Training
 

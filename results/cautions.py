@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from results.compare import Group, Verdict
+from results.compare import Verdict
+from results.experiments import Group
 from results.matched import TOLERANCE
 from results.records import Record
 

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from results.compare import Group, Verdict, experiment_key, group_of, sampling_text, verdict_of
+from results.compare import Verdict, verdict_of
+from results.experiments import Group, experiment_key, group_of, sampling_text
 from results.metrics import rank, shared_direction
 from results.records import ComparableKey, Record, comparable_key
 

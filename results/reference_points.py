@@ -23,7 +23,7 @@ from typing import Any
 
 from harness.errors import UserError
 from harness.io import files
-from results.compare import sampling_text, student_t
+from results.experiments import sampling_text, student_t
 from results.metrics import known
 from results.records import Record, comparable_key
 

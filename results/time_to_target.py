@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from statistics import fmean, variance
 
 from harness.errors import UserError
-from results.compare import ALONG_TRAINING, experiment_key, group_of, sampling_text, student_t
+from results.experiments import ALONG_TRAINING, experiment_key, group_of, sampling_text, student_t, welch
 from results.metrics import higher_is_better, known, shared_direction
 from results.records import ComparableKey, Record, comparable_key
 
@@ -267,10 +267,7 @@ def _verdict(target: Target, sampling: str, a: TimeToTarget, b: TimeToTarget, lo
     elif ratio is not None:
         sides = [[math.log(each.low) for each in side.seeds] for side in (a, b)]
         parts = [(variance(logs) / len(logs), len(logs) - 1) for logs in sides]
-        total = math.fsum(part for part, _ in parts)
-        half = 0.0
-        if total > 0:
-            half = student_t(total**2 / sum(part**2 / degrees for part, degrees in parts)) * math.sqrt(total)
+        half, _ = welch(parts)
         low, high = ratio * math.exp(-half), ratio * math.exp(half)
         verdict, reason = ("win" if high < 1 else "loss" if low > 1 else "tie"), ""
     else:

@@ -20,7 +20,8 @@ from scipy.stats import spearmanr
 from reports.lottery import seeds_table
 from reports.means import mean_interval
 from reports.report import packaged_runs
-from results.compare import Group, group_of, verdict_of
+from results.compare import verdict_of
+from results.experiments import Group, group_of
 from results.records import Record
 from results.store import load
 

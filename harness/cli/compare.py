@@ -15,7 +15,8 @@ import click
 from harness.cli.flags_from_settings import json_option, settings_options
 from harness.pipeline.compare import Comparison, compare
 from harness.settings import CompareOptions
-from results.compare import SAMPLING_RULE, SEEDS_RULE, Group, Verdict
+from results.compare import SAMPLING_RULE, SEEDS_RULE, Verdict
+from results.experiments import Group
 
 
 @click.command("compare")

@@ -16,7 +16,7 @@ from harness.errors import UserError
 from harness.pipeline.sidecar import read_fields, samples_sha256
 from harness.planning.request import IN_CONTINUOUS_TIME
 from harness.runs.run import Run, recipe_identity
-from results.compare import sampling_text, student_t
+from results.experiments import sampling_text, student_t
 from results.records import Evaluation, Record, Sampling
 from results.reference_points import Quantity, ReferencePoint, is_point, read
 from results.store import find_record_files, load

@@ -18,7 +18,8 @@ from harness.engines.torch.sampling import TorchChain
 from harness.errors import UserError
 from harness.runs.samples import write_samples
 from reports.points import ALONG_SAMPLING, ALONG_TRAINING, group_by_settings
-from results.compare import differing, experiment_key
+from results.compare import differing
+from results.experiments import experiment_key
 from results.records import Sampling, Training, from_json
 
 PROTOCOL = """

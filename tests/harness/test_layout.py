@@ -150,7 +150,7 @@ def test_the_public_surface_is_few_files():
 def test_results_need_only_the_standard_library():
     allowed = set(sys.stdlib_module_names) | {"results", "harness", "numpy"}
     late = {
-        "compare.py": {"scipy"},
+        "experiments.py": {"scipy"},
         "simultaneous.py": {"scipy"},
         "frame.py": {"pandas"},
         "variances.py": {"scipy"},

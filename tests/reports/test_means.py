@@ -16,7 +16,8 @@ from reports.means import is_distinguishable, mean_interval
 from reports.points import constant_x, index_of, marks_of
 from reports.render import to_csv
 from reports.tables import paper_tables, protocol_table
-from results.compare import compare, group_of
+from results.compare import compare
+from results.experiments import group_of
 from results.records import Environment, Sampling, Training
 
 FD = ("fd", "")

@@ -9,7 +9,8 @@ from scipy.special import stdtrit
 from scipy.stats import ttest_ind
 
 from harness.errors import UserError
-from results.compare import RETRAINING, compare, differing, experiment_key
+from results.compare import RETRAINING, compare, differing
+from results.experiments import experiment_key
 from results.records import Evaluation, Record, Sampling, Training
 
 

@@ -8,7 +8,8 @@ import pytest
 
 from harness.errors import UserError
 from results.cautions import cautions, compute_of
-from results.compare import compare, differing, experiment_key, group_of
+from results.compare import compare, differing
+from results.experiments import experiment_key, group_of
 from results.lines import LineReader
 from results.records import BrokenRecord, Environment, Training, comparable_key, from_json, to_json
 

@@ -17,7 +17,8 @@ from click.testing import CliRunner
 from scipy.stats import studentized_range as scipy_range
 
 from harness.cli import group
-from results.compare import RETRAINING, RETRAINING_CV, compare, student_t
+from results.compare import RETRAINING, RETRAINING_CV, compare
+from results.experiments import student_t
 from results.matched import matchups
 from results.records import Evaluation, Record, Sampling, Training
 from results.simultaneous import studentized_range, widening
