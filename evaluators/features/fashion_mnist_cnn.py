@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from evaluators.features.batches import in_batches
 from evaluators.features.spec import Features, FeatureSpec
-from harness.errors import RunError, UserError
+from harness.errors import UserError
 
 WEIGHTS_FILE = Path(__file__).with_name("fashion_mnist_cnn.safetensors")
 WEIGHTS_SHA256 = "6a42bcd23642c276feda6ded77cbe838223d5b735d1e9b66673c9927ae70eb3f"
@@ -97,6 +98,7 @@ class FashionMNISTFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract."""
 
     def __init__(self, spec: FeatureSpec, device: str = "cpu", batch_size: int = 256):
+        self.spec = spec
         self.name, self.dim, self.description = spec.name, spec.dim, spec.description
         self.batch_size, self.device = batch_size, torch.device(device)
         # The description states the preprocessing, so it is part of the hash.
@@ -106,20 +108,7 @@ class FashionMNISTFeatures:
         self.net = net.eval().to(self.device)
 
     def __call__(self, images: np.ndarray) -> Features:
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3):
-            raise UserError(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
-        pooled = np.empty((len(images), self.dim), np.float32)
-        logits = np.empty((len(images), CLASSES), np.float32)
-        with torch.inference_mode():
-            for start in range(0, len(images), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                # copied: torch warns of read-only maps
-                batch = torch.from_numpy(np.array(images[rows])).to(self.device)
-                batch_pooled, batch_logits = self.net(preprocess(batch))
-                pooled[rows], logits[rows] = batch_pooled.cpu().numpy(), batch_logits.cpu().numpy()
-        if not (np.isfinite(pooled).all() and np.isfinite(logits).all()):
-            raise RunError(f"features {self.name} are not finite: this device is broken")
-        return Features(pooled=pooled, logits=logits)
+        return in_batches(lambda batch: self.net(preprocess(batch)), images, self.spec, self.batch_size, self.device)
 
 
 def load(spec: FeatureSpec, device: str = "cpu") -> FashionMNISTFeatures:

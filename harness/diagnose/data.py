@@ -123,7 +123,7 @@ def check_data(subject: Subject, expected: Expectation) -> Finding:
     if subject.can_count(min(len(ours), len(subject.images))):
         # What a perfect network would have: it makes images like those that it was trained on.
         floor = subject.distance(spread(ours, len(subject.images))).value
-        mended = subject.own_distance().value - floor
+        mended = subject.own_distance.value - floor
     why = _cause(statistics)
     return Finding(
         stage="data", status=FAULT, measured=f"{hash_text}; {', '.join(map(str, different))}: {why}",

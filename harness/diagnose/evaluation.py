@@ -61,7 +61,7 @@ def check_evaluator(subject: Subject, expected: Expectation) -> Finding:
                 f"the record has features {(record.evaluation.features_sha256 or '')[:12]}, here they are {extractor.sha256[:12]}"
             )
         elif record.evaluation.reference_sha256 == images_sha256(subject.reference.images):
-            again = subject.own_distance().value
+            again = subject.own_distance.value
             if math.isclose(again, record.value, rel_tol=VALUE_TOLERANCE, abs_tol=1e-6):
                 words.append(f"{record.metric} {again:.6g} again")
             else:
@@ -108,7 +108,7 @@ def check_reference(subject: Subject, expected: Expectation) -> Finding:
     if used == right:
         text = f"{used[:12]}; {expected.source} was measured against {(wanted_hash or '')[:12]}"
         return Finding(stage=stage, status=FAULT, measured=text, expected=(wanted_hash or "")[:12])
-    own = subject.own_distance()
+    own = subject.own_distance
     text = f"{used[:12]}, with {record.metric} {record.value:.4g}; against the right one {own.value:.4g}"
     return Finding(stage=stage, status=FAULT, measured=text, expected=wanted, mended=own.value)
 
@@ -128,7 +128,7 @@ def check_count(subject: Subject, expected: Expectation) -> Finding:
         return Finding(stage=stage, status=OK, measured=f"N = {n:,}", expected=wanted)
     text, mended = f"N = {n:,}", None
     if subject.can_count(n // 2) and subject.metric.key in ("fid", "fd"):
-        own = subject.own_distance().value
+        own = subject.own_distance.value
         halves = [subject.distance(subject.images[start::2]).value for start in (0, 1)]
         slope = (sum(halves) / 2 - own) * n  # halves: FD + 2 b / n, all: FD + b / n
         mended = own + slope * (1 / expected.n - 1 / n)

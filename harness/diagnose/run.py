@@ -81,7 +81,7 @@ def diagnose(
         ]
     )
     record = subject.record
-    value = record.value if record is not None else subject.own_distance().value
+    value = record.value if record is not None else subject.own_distance.value
     expected = None if wanted.distance is None else wanted.distance.value
     gap = None if expected is None else value - expected
     findings = [_with_share(each, value, gap) for each in findings]
@@ -128,7 +128,7 @@ def _conclude(
         return f"{what}: these stages are not as expected, and their shares could not be told apart: {names}.", False
     suspects = [each for each in findings if each.status == SUSPECT]
     if gap is not None and wanted.distance is not None:
-        own = subject.own_distance()
+        own = subject.own_distance
         # Of one other run: training again moves a distance about three times as much as sampling again.
         noise = wanted.distance.half if wanted.point else RETRAINING * math.hypot(own.half, wanted.distance.half)
         if abs(gap) > noise and len(suspects) == 1:

@@ -232,7 +232,7 @@ def _check_sampler(
             stage=stage, status=SUSPECT if stated else UNKNOWN, measured="; ".join([*stated, again]), expected=wanted
         )
     scaled = _scaled(subject, better, count)
-    own = subject.own_distance()
+    own = subject.own_distance
     text = f"{subject.metric.key} {own.value:.4g}; with {steps} steps in float32 {scaled.value:.4g}"
     text = "; ".join([*stated, text, again])
     gains = own.value - scaled.value > np.hypot(own.half, scaled.half)
@@ -257,7 +257,7 @@ def _scaled(subject: Subject, distance: Distance, count: int) -> Distance:
     if count == len(subject.images):
         return distance
     few = subject.distance(subject.images[:count])
-    factor = subject.own_distance().value / few.value if few.value > 0 else 1.0
+    factor = subject.own_distance.value / few.value if few.value > 0 else 1.0
     return Distance(value=distance.value * factor, half=distance.half * factor)
 
 
@@ -280,7 +280,7 @@ def _check_decoder(
     mended = None
     if subject.can_count(count):
         mended = _scaled(subject, subject.distance(redrawer.draw(count, decoder=own)), count)
-    own_distance = subject.own_distance() if mended is not None else None
+    own_distance = subject.own_distance if mended is not None else None
     text = f"decoder {identity['name']} ({identity['weights_sha256'][:12]})"
     if mended is not None and own_distance is not None:
         text += f": {subject.metric.key} {own_distance.value:.4g}, with {own.name} {mended.value:.4g}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,7 +62,6 @@ class Subject:
     reference: ImageSet
     config: EvaluationConfig
     cache: Path | None
-    _memo: dict[str, Any] = field(default_factory=dict)
 
     @property
     def step(self) -> int | None:
@@ -88,42 +89,36 @@ class Subject:
         found = [each for each in found if each.evaluation and each.evaluation.suite == suite]
         return max(found, key=lambda each: ((each.environment and each.environment.time) or "", each.id), default=None)
 
-    @property
+    @functools.cached_property
     def extractor(self) -> FeatureExtractor:
         """The suite's feature network."""
-        if "extractor" not in self._memo:
-            self._memo["extractor"] = self.config.suite.features.load(self.config.device, weights=self.config.weights)
-        return self._memo["extractor"]
+        return self.config.suite.features.load(self.config.device, weights=self.config.weights)
 
     @property
     def losses(self) -> list[float]:
         """The first term of the training loss at each step; empty without a run."""
         return [] if self.run is None else read_losses(self.run)
 
+    @functools.cached_property
     def built_reference(self) -> Reference:
         """The reference's features."""
         from evaluators.reference import build_reference
 
-        if "reference" not in self._memo:
-            self._memo["reference"] = build_reference(self.reference.images, self.extractor, cache=self.cache)
-        return self._memo["reference"]
+        return build_reference(self.reference.images, self.extractor, cache=self.cache)
 
     def distance(self, images: np.ndarray) -> Distance:
         """The distance of images uint8 (N, H, W, C) to the reference."""
-        import dataclasses
-
         from evaluators.suites import evaluate_samples
 
         suite = dataclasses.replace(self.config.suite, metrics=(self.metric,))
-        (found,) = evaluate_samples(images, self.built_reference(), suite)
+        (found,) = evaluate_samples(images, self.built_reference, suite)
         half = 0.0 if found.low is None or found.high is None else (found.high - found.low) / 2
         return Distance(value=found.value, half=half)
 
+    @functools.cached_property
     def own_distance(self) -> Distance:
         """The distance of the samples."""
-        if "own" not in self._memo:
-            self._memo["own"] = self.distance(self.images)
-        return self._memo["own"]
+        return self.distance(self.images)
 
     def can_count(self, count: int) -> bool:
         """Whether the distance takes so few images."""
