@@ -26,13 +26,17 @@ REMARK = (
 
 
 def seeds_table(records: Sequence[Record]) -> Table | None:
-    """The table of measured systems with MIN_SEEDS or more training seeds and sampling seeds of each; None without any."""
+    """The table of measured systems with MIN_SEEDS or more training seeds and sampling seeds of all; None without any."""
     by_key: dict[tuple, list[tuple[Group, Components]]] = {}
     for group in _groups(records):
-        values = [[record.value for checkpoint in seed for record in checkpoint] for seed in group.seeds]
-        if len(values) < MIN_SEEDS or min(map(len, values)) < MIN_SEEDS:
+        by_seed = [
+            {record.sampling.seed: record.value for checkpoint in seed for record in checkpoint if record.sampling}
+            for seed in group.seeds
+        ]
+        shared = sorted(set.intersection(*map(set, by_seed)), key=str)  # sampling seeds that every training seed has
+        if len(by_seed) < MIN_SEEDS or len(shared) < MIN_SEEDS:
             continue
-        found = components(values)
+        found = components([[values[seed] for seed in shared] for values in by_seed])
         if found is not None and found.mean != 0:
             by_key.setdefault(comparable_key(group.records[0]), []).append((group, found))
     sections, data = [], []

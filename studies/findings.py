@@ -143,6 +143,25 @@ def correlation(records: list[Record]) -> str:
     return markdown(["features", "sampler steps", "Spearman's rho", "models", "seeds"], rows)
 
 
+def more_steps(records: list[Record]) -> str:
+    """Quality of each DiT by sampler steps, of training seed 0: the other seeds have fewer numbers of steps."""
+    rows = []
+    for (suite, name), model in itertools.product(SUITES.items(), SCALING):
+        found = [chosen(records, model, suite, steps) for steps in SAMPLER_STEPS]
+        values = [
+            next((r for r in group.records if r.training and r.training.seed == 0), None) for group in found if group
+        ]
+        if len(values) == len(SAMPLER_STEPS) and None not in values:
+            rows.append(
+                [
+                    name,
+                    model,
+                    *(f"{record.value:.4g} [{record.low:.4g}, {record.high:.4g}]" for record in values if record),
+                ]
+            )
+    return markdown(["features", "model", *(f"{steps} steps" for steps in SAMPLER_STEPS)], rows)
+
+
 def steps_or_size(records: list[Record]) -> str:
     """Pairs in which the smaller model has at least the larger one's sampling compute: which is better."""
     rows = []
@@ -223,7 +242,7 @@ def isoflop(records: list[Record]) -> str:
 
 
 TABLES = {
-    "judges": judges, "scaling": scaling, "correlation": correlation, "steps-or-size": steps_or_size, "lottery": lottery,
+    "judges": judges, "scaling": scaling, "correlation": correlation, "more-steps": more_steps, "steps-or-size": steps_or_size, "lottery": lottery,
     "blocks": _ranking(BLOCKS, lambda name: TRAINING_STEPS),
     "unets": _ranking(("dit-2xs-2", *UNETS), lambda name: TRAINING_STEPS if name == "dit-2xs-2" else None),
     "isoflop": isoflop,
