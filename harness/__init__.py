@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from harness.pipeline.compare import compare as compare
     from harness.pipeline.evaluate import EvaluateResult as EvaluateResult
     from harness.pipeline.evaluate import evaluate as evaluate
-    from harness.pipeline.evaluate import evaluate_images as evaluate_images
     from harness.pipeline.evaluation_config import EvaluationConfig as EvaluationConfig
+    from harness.pipeline.measure import evaluate_images as evaluate_images
     from harness.pipeline.plan import plan as plan
     from harness.pipeline.report import report as report
     from harness.pipeline.run import RunResult as RunResult
@@ -77,7 +77,7 @@ _HOMES = {
     "UserError": "harness.errors",
     "compare": "harness.pipeline.compare",
     "evaluate": "harness.pipeline.evaluate",
-    "evaluate_images": "harness.pipeline.evaluate",
+    "evaluate_images": "harness.pipeline.measure",
     "get_protocol": "harness.protocols",
     "load_records": "results.frame",
     "plan": "harness.pipeline.plan",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +11,13 @@ from harness.data.cache_dir import features
 from harness.data.images import ImageSet
 from harness.data.load import source_images
 from harness.errors import RunError, UserError
-from harness.pipeline.evaluate import evaluate_and_record, log_notes
+from harness.pipeline.evaluate import log_notes
 from harness.pipeline.evaluation_config import make_evaluator
+from harness.pipeline.measure import evaluate_and_record
 from harness.pipeline.report import report
 from harness.pipeline.sample import decoder_of, sample_run
 from harness.pipeline.train import RunSession, open_session
-from harness.pipeline.training_images import needs_training_images, with_training_images
+from harness.pipeline.training_images import compared_with, needs_training_images, with_training_images
 from harness.planning.matching import request_from
 from harness.planning.plan import evaluate_command
 from harness.runs.run import RUNS_FOLDER, Run
@@ -82,10 +82,7 @@ def run(options: RunOptions) -> RunResult:
         if evaluator is not None:
             config = evaluator.config
             if evaluator.images is None:
-                trained_on = training_images(session)
-                images = trained_on.reference(request.protocol.reference_images)
-                if images is not trained_on:
-                    config = dataclasses.replace(config, training=trained_on)
+                images, config = compared_with(request.protocol, training_images(session), config)
             else:
                 images = evaluator.images
             if evaluator.images is not None and needs_training_images(config):

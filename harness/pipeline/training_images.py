@@ -11,6 +11,7 @@ from typing import Any
 from harness.data.images import ImageSet
 from harness.errors import UserError
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.protocols import Protocol
 from harness.runs.samples import find_sidecar
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,14 @@ def training_sha256(samples: Path) -> str | None:
         if isinstance(found, str):
             return found
     return None
+
+
+def compared_with(protocol: Protocol, data: ImageSet, config: EvaluationConfig) -> tuple[ImageSet, EvaluationConfig]:
+    """(the reference that is the protocol's of its data set, the config with the whole as training images, if need be)."""
+    reference = data.reference(protocol.reference_images)
+    if reference is data or config.training is not None:
+        return reference, config
+    return reference, dataclasses.replace(config, training=data)
 
 
 def needs_training_images(config: EvaluationConfig) -> bool:

@@ -18,7 +18,7 @@ from harness.autoencoders.files import read_identity
 from harness.errors import UserError
 from harness.io import files
 from harness.io.text import parse_json
-from harness.pipeline.evaluate import existing_records
+from harness.pipeline.measure import existing_records
 from harness.pipeline.sidecar import read_fields
 from harness.planning.request import Request
 from harness.runs.run import Run, check_plugins, identity_difference, open_run, without_plugins

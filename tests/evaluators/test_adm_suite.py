@@ -22,8 +22,8 @@ from evaluators.suites import ADM, METRICS
 from harness.cli import group
 from harness.data.images import ImageSet
 from harness.errors import UserError
-from harness.pipeline.evaluate import evaluate_samples_file
 from harness.pipeline.evaluation_config import EvaluationConfig, make_config
+from harness.pipeline.measure import evaluate_samples_file
 from harness.protocols import get_protocol
 
 TASK = """

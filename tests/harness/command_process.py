@@ -26,6 +26,7 @@ PRELOAD = [
     "harness.conformance.suite",
     "harness.conformance.torch_network",
     "harness.pipeline.evaluate",
+    "harness.pipeline.measure",
     "harness.pipeline.plan",
     "harness.pipeline.report",
     "harness.pipeline.sample",

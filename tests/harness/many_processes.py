@@ -13,8 +13,8 @@ from harness.data.digits import load
 from harness.engines.backend import get_backend, join_processes
 from harness.engines.torch import parallel
 from harness.pipeline import training_loop
-from harness.pipeline.evaluate import evaluate_and_record
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.pipeline.measure import evaluate_and_record
 from harness.pipeline.sample import sample_run
 from harness.pipeline.train import RunSession
 from harness.planning.request import make_request

@@ -13,8 +13,8 @@ from harness import registry
 from harness.data.digits import load
 from harness.data.images import ImageSet
 from harness.data.load import load_data
-from harness.pipeline.evaluate import evaluate_and_record
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.pipeline.measure import evaluate_and_record
 from harness.pipeline.sample import decoder_of, sample_run
 from harness.pipeline.train import RunSession
 from harness.planning.request import make_request

@@ -12,8 +12,8 @@ from harness.cli import group
 from harness.data.digits import load
 from harness.diagnose.convergence import check_convergence, make_reference_point
 from harness.errors import UserError
-from harness.pipeline.evaluate import evaluate_and_record
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.pipeline.measure import evaluate_and_record
 from harness.runs.run import open_run
 from harness.runs.samples import read_sidecar, write_samples
 

@@ -18,8 +18,8 @@ from harness.diagnose.data import Classifier, check_labels, compare_statistics, 
 from harness.diagnose.evaluation import KNOWN_FEATURES, built_in_images
 from harness.diagnose.expectation import Expectation
 from harness.diagnose.run import diagnose
-from harness.pipeline.evaluate import evaluate_and_record
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.pipeline.measure import evaluate_and_record
 from harness.planning.request import request_of_run
 from harness.runs.run import open_run
 from harness.runs.samples import read_sidecar, write_samples

@@ -17,8 +17,8 @@ from harness.errors import UserError
 from harness.images import spool
 from harness.images.open import open_images
 from harness.images.spool import IN_MEMORY_BYTES, spooled
-from harness.pipeline.evaluate import evaluate_images, evaluate_samples_file
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.pipeline.measure import evaluate_images, evaluate_samples_file
 from harness.protocols import get_protocol
 from harness.runs.samples import write_samples
 
@@ -156,7 +156,7 @@ import numpy as np, tiny_suite
 from pathlib import Path
 from harness.images import spool
 from harness.data.images import ImageSet
-from harness.pipeline.evaluate import evaluate_images, evaluate_samples_file
+from harness.pipeline.measure import evaluate_images, evaluate_samples_file
 from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.protocols import load
 from test_live_images import made_images

@@ -9,7 +9,7 @@ import pytest
 from harness.data.digits import load
 from harness.data.images import ImageSet
 from harness.errors import UserError
-from harness.pipeline.evaluate import evaluate_and_record
+from harness.pipeline.measure import evaluate_and_record
 from harness.protocols import get_protocol
 from harness.runs.samples import write_samples
 from results.store import load as load_records

@@ -8,7 +8,7 @@ import pytest
 import harness
 from harness.data.digits import load
 from harness.errors import UserError
-from harness.pipeline.evaluate import evaluate_images
+from harness.pipeline.measure import evaluate_images
 from harness.protocols import get_protocol
 from harness.protocols import load as load_protocol
 from harness.registry import protocols

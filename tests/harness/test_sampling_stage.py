@@ -18,8 +18,8 @@ from harness.engines.torch.sampling import TorchSampler, load_weights, to_uint8
 from harness.errors import UserError
 from harness.io.files import sha256_file
 from harness.pipeline import sampling_loop
-from harness.pipeline.evaluate import evaluate_samples_file
 from harness.pipeline.evaluation_config import EvaluationConfig
+from harness.pipeline.measure import evaluate_samples_file
 from harness.pipeline.sample import sample_run
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as noise
