@@ -129,18 +129,18 @@ def correlation(records: list[Record]) -> str:
         if len(groups) < 4:
             continue
         costs = [cost for cost, _ in groups]
-        random = np.random.default_rng(0)
-        draws = [
-            spearmanr(costs, [random.choice(group.means, len(group.means)).mean() for _, group in groups]).statistic
-            for _ in range(DRAWS)
-        ]
-        low, high = np.percentile(draws, [2.5, 97.5])
         rho = spearmanr(costs, [group.value for _, group in groups]).statistic
         seeds = sorted({len(group.seeds) for _, group in groups})
-        rows.append(
-            [name, str(steps), f"{rho:.2f} [{low:.2f}, {high:.2f}]", str(len(groups)), "-".join(map(str, seeds))]
-        )
-    return markdown(["features", "sampler steps", "Spearman's rho", "models", "seeds"], rows)
+        interval = "one seed, no interval"
+        if seeds[0] > 1:
+            random = np.random.default_rng(0)
+            draws = [
+                spearmanr(costs, [random.choice(group.means, len(group.means)).mean() for _, group in groups]).statistic
+                for _ in range(DRAWS)
+            ]
+            interval = "[{:.2f}, {:.2f}]".format(*np.percentile(draws, [2.5, 97.5]))
+        rows.append([name, str(steps), f"{rho:.2f}", interval, str(len(groups)), "-".join(map(str, seeds))])
+    return markdown(["features", "sampler steps", "Spearman's rho", "95 % interval", "models", "seeds"], rows)
 
 
 def more_steps(records: list[Record]) -> str:
