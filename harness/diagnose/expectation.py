@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -52,14 +52,16 @@ def expectation(subject: Subject, against: Path | None) -> Expectation:
         return _of_point(subject, read(against))
     if (against / "run.json").is_file() or against.suffix == ".npz" or (against / "samples.npz").is_file():
         samples, run = find_samples(against)
-        fields = read_fields(samples, samples_sha256(samples))
         folder = samples.parent if run is None else run.folder
         records = load(find_record_files([folder])).records
+        if run is not None and run.folder.resolve() == against.resolve():  # of its sample sets the nearest
+            if wanted := _of_the_metric(subject, records):
+                return _of_records(subject, [_nearest(subject, wanted)], str(against), run, None)
+        fields = read_fields(samples, samples_sha256(samples))
         sha256 = fields.sampling.samples_sha256
         mine = [each for each in records if each.sampling and each.sampling.samples_sha256 == sha256]
-        return _of_records(subject, mine, str(against), run, fields.sampling)
-    records = load(find_record_files([against])).records
-    wanted = [each for each in records if each.metric == subject.metric.key]
+        return _of_records(subject, _of_the_metric(subject, mine), str(against), run, fields.sampling)
+    wanted = _of_the_metric(subject, load(find_record_files([against])).records)
     if not wanted:
         raise UserError(
             f"--against {against} has no record of {subject.metric.key}; name a run, a record file or a reference point"
@@ -124,7 +126,7 @@ def _n_of(point: ReferencePoint) -> int | None:
 def _of_records(
     subject: Subject, records: list[Record], where: str, run: Run | None, sampling: Sampling | None
 ) -> Expectation:
-    record = next((each for each in records if each.metric == subject.metric.key), None)
+    record = next(iter(records), None)
     distance = None
     if record is not None and (
         record.training is None or record.training.steps == subject.step or subject.step is None
@@ -150,16 +152,24 @@ def _of_records(
     )
 
 
+def _of_the_metric(subject: Subject, records: Iterable[Record]) -> list[Record]:
+    """The records of the subject's distance, by its suite; where there are none by it, by any: the evaluator then differs."""
+    found = [each for each in records if each.metric == subject.metric.key]
+    suite = subject.config.suite.name
+    return [each for each in found if each.evaluation and each.evaluation.suite == suite] or found
+
+
 def _nearest(subject: Subject, records: list[Record]) -> Record:
     """The record whose training and sampling are nearest to the subject's."""
 
-    def apart(record: Record) -> tuple[bool, bool, float, str]:
+    def apart(record: Record) -> tuple[bool, bool, float, bool, str]:
         training, sampling, own = record.training, record.sampling, subject.fields.sampling
         steps = (sampling.steps if sampling else None) or 0
         return (
             (record.backbone or record.system) != (subject.fields.backbone or subject.fields.system),
             (training.steps if training else None) != subject.step,
             abs(steps - (own.steps or 0)),
+            sampling is None or sampling.seed != own.seed,
             record.id,
         )
 

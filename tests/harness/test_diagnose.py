@@ -23,6 +23,8 @@ from harness.pipeline.measure import evaluate_and_record
 from harness.planning.request import request_of_run
 from harness.runs.run import open_run
 from harness.runs.samples import read_sidecar, write_samples
+from results.store import append
+from results.store import load as load_results
 
 STEPS = 240
 
@@ -119,6 +121,28 @@ def test_a_part_of_the_data_set_as_reference_is_the_right_reference(home):
     small.draw(open_run(home / "part"), request, STEPS, good(home).reference(200))
     found = run_diagnose(home, "part", against=None)
     assert of_stage(found, "reference").status == "ok" and "reference" not in named(found)
+
+
+def test_of_another_run_the_nearest_sample_set_and_the_same_suite_are_expected(home):
+    """It may have sets of more steps, and records of other suites."""
+    shutil.copytree(home / "healthy", home / "richer")
+    run = open_run(home / "richer")
+    small.draw(run, request_of_run(run, sampling={}), STEPS, good(home), steps=40)
+    other = [
+        dataclasses.replace(
+            record,
+            value=1e6,
+            evaluation=dataclasses.replace(record.evaluation, suite="tiny-other", features_sha256="other"),
+        )
+        for record in load_results([home / "healthy" / "records.jsonl"]).records
+    ]
+    lines = run.records.read_text()
+    run.records.unlink()
+    append(run.records, other)  # first in the file
+    run.records.write_text(run.records.read_text() + lines)
+    found = run_diagnose(home, "healthy", against=home / "richer")
+    assert found.healthy and found.gap == 0 and not named(found)
+    assert of_stage(found, "sampler").status == "ok" and "20 steps" in of_stage(found, "sampler").expected
 
 
 def broken_sampler(home):
