@@ -45,14 +45,12 @@ class Components:
         """Standard deviation over samplings of one checkpoint as a share of the mean."""
         return math.sqrt(self.sampling) / abs(self.mean)
 
-    def seeds_needed(self, difference: float, samplings: int = 1) -> int | None:
-        """Training seeds of each of two systems with which Welch's test finds a relative difference.
+    def seeds_needed(self, difference: float) -> int | None:
+        """Training seeds of each of two systems, each sampled once, with which Welch's test finds a relative difference.
 
-        difference: of the means, as a share of the mean. samplings: sampling seeds of each training seed. None: more than
-        MAX_SEEDS.
+        difference: of the means, as a share of the mean. None: more than MAX_SEEDS.
         """
-        total = self.training + self.sampling / samplings
-        return seeds_needed(difference * abs(self.mean), math.sqrt(total))
+        return seeds_needed(difference * abs(self.mean), math.sqrt(self.training + self.sampling))
 
 
 def components(values: Sequence[Sequence[float]]) -> Components | None:
