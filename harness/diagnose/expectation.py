@@ -54,9 +54,9 @@ def expectation(subject: Subject, against: Path | None) -> Expectation:
         samples, run = find_samples(against)
         folder = samples.parent if run is None else run.folder
         records = load(find_record_files([folder])).records
-        if run is not None and run.folder.resolve() == against.resolve():  # of its sample sets the nearest
-            if wanted := _of_the_metric(subject, records):
-                return _of_records(subject, [_nearest(subject, wanted)], str(against), run, None)
+        whole = run is not None and run.folder.resolve() == against.resolve()  # of its sample sets the nearest
+        if whole and (wanted := _of_the_metric(subject, records)):
+            return _of_records(subject, [_nearest(subject, wanted)], str(against), run, None)
         fields = read_fields(samples, samples_sha256(samples))
         sha256 = fields.sampling.samples_sha256
         mine = [each for each in records if each.sampling and each.sampling.samples_sha256 == sha256]
