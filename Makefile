@@ -8,7 +8,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test slow lint docs links study-report
+.PHONY: demo test tests slow lint docs links study-report
 
 demo: $(VENV)/core
 	$(VENV)/bin/harness run --backbone dit-2xs-2 --set objective=sit
@@ -17,7 +17,9 @@ study-report: $(VENV)/core # the project's own study, from its kept measurements
 	$(VENV)/bin/python studies/findings.py --check
 	$(VENV)/bin/harness report --protocol fashion-mnist-16 --out runs/study-report
 
-test: $(VENV)/dev lint
+test: lint tests
+
+tests: $(VENV)/dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --allowed-skips tests/allowed-skips.txt
 
 slow: $(VENV)/dev
