@@ -209,6 +209,8 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
 
     Raises `UserError`, which names the item, if an item is unknown, is missing or has another type.
     """
+    if not isinstance(data, dict):
+        raise UserError(f"{where}: a protocol is a table of items, not {shown(data)}")
     data = dict(data)
     recipe_data = data.pop("recipe", {})
     if isinstance(recipe_data, dict) and isinstance(recipe_data.get("objective"), str):

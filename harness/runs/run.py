@@ -247,7 +247,7 @@ def open_run(folder: Path) -> Run:
             fork=dict(data.get("fork", {})), plugin_files=tuple(data.get("plugin_files", ())),
             auxiliary=None if auxiliary is None else AuxiliaryCompute(**auxiliary),
         )  # fmt: skip
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error
 
 

@@ -92,6 +92,12 @@ def test_a_missing_item_is_named():
         from_dict({name: value for name, value in MINIMAL.items() if name != "samples"}, "mine.toml")
 
 
+@pytest.mark.parametrize("data", [["d"], "digits", [["name", "digits"]], None])
+def test_what_is_no_table_in_a_run_file_is_named(data):
+    with pytest.raises(UserError, match="run.json: a protocol is a table of items, not "):
+        from_dict(data, "run.json")
+
+
 def test_files_that_are_no_toml(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         get_protocol(str(tmp_path / "absent.toml"))
