@@ -12,6 +12,8 @@ from typing import NamedTuple
 from harness.errors import UserError
 
 DEFAULT_PORT = 29500  # torch's
+# Ports for the jobs of SLURM, which may share a node: below those that Linux gives to outgoing connections (32768 ...).
+JOB_PORTS = range(20_000, 29_500)
 RANK_ZERO_SECONDS = 4.0  # for rank 0 to meet the same error and end; less than GRACE_SECONDS of engines.torch.watch
 # Variables for rank, world size, local rank and local world size: those of torchrun, which a user who starts each process
 # by hand sets as well, and those of srun. Both need MASTER_ADDR.
@@ -45,7 +47,7 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
     # The names of the launcher's variables, not their values.
     rank, world_size, local_rank, local_world_size = LAUNCHERS[0 if like_torchrun else 1]
     missing = [name for name in (rank, world_size, "MASTER_ADDR") if not environment.get(name)]
-    if like_torchrun and not environment.get("MASTER_PORT"):  # srun sets no port: DEFAULT_PORT
+    if like_torchrun and not environment.get("MASTER_PORT"):  # srun sets none: `_port_of_job`
         missing.append("MASTER_PORT")
     if missing:
         raise UserError(
@@ -71,8 +73,14 @@ def read_launch(environment: Mapping[str, str]) -> LaunchInfo:
         local_rank=integer(local_rank, default=integer(rank)),  # by default all processes are on one machine
         local_world_size=integer(local_world_size, default=count, low=1),
         address=environment["MASTER_ADDR"],
-        port=integer("MASTER_PORT", default=DEFAULT_PORT, low=1, high=1 << 16),
+        port=integer("MASTER_PORT", default=_port_of_job(environment), low=1, high=1 << 16),
     )
+
+
+def _port_of_job(environment: Mapping[str, str]) -> int:
+    """The port that all tasks of a SLURM job find from its id, so that two jobs on a node do not meet; else DEFAULT_PORT."""
+    job = environment.get("SLURM_JOB_ID", "")
+    return JOB_PORTS[int(job) % len(JOB_PORTS)] if job.isdecimal() else DEFAULT_PORT
 
 
 def is_main_process(environment: Mapping[str, str]) -> bool:

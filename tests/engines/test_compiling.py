@@ -53,6 +53,15 @@ def choose(wanted, *, seconds=1.0, images=10_000, compiled=0.5, unavailable=None
     )
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # within torch
+def test_blocks_are_compiled_whole_under_ddp(monkeypatch):
+    from torch import _dynamo
+
+    monkeypatch.setattr(_dynamo.config, "optimize_ddp", True)  # torch's default
+    compiling.compile_network(torch.nn.Linear(2, 2))  # nothing is compiled before its first call
+    assert not _dynamo.config.optimize_ddp
+
+
 def test_auto_compiles_what_is_faster_over_the_whole_run(uncompiled, monkeypatch):
     assert choose("auto").mode == "on" and len(uncompiled) == 1
     assert "2.00 times as fast" in choose("auto").reason

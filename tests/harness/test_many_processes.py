@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 
 from harness.distributed.group import SINGLE_PROCESS
 from harness.distributed.launch import LaunchInfo, is_distributed, is_main_process, read_launch
+from harness.engines.torch import process_group
 from harness.errors import UserError
 from harness.runs.samples import read_samples, read_sidecar
 from results.store import load
@@ -297,11 +298,22 @@ def test_the_launch_is_read_from_the_environment():
     assert read_launch(SLURM) == LaunchInfo(
         rank=5, world_size=8, local_rank=1, local_world_size=4, address="n0", port=29500
     )
+    ports = [read_launch({**SLURM, "SLURM_JOB_ID": job}).port for job in ("7", "8", "12345678")]
+    assert len(set(ports)) == 3 and all(20_000 <= port < 29_500 for port in ports)
+    assert read_launch({**SLURM, "SLURM_JOB_ID": "7", "MASTER_PORT": "1234"}).port == 1234
     assert is_distributed(BY_HAND) and is_distributed(SLURM)
     assert not is_main_process(SECOND) and is_main_process({**SECOND, "RANK": "0"})
     assert all(map(is_main_process, ({}, BY_HAND, SLURM)))  # no launcher ends these after rank 0: all of them print
     for alone in ({}, {"WORLD_SIZE": "1"}, {"SLURM_PROCID": "5", "SLURM_NTASKS": "8"}, {"MASTER_ADDR": "n0"}):
         assert not is_distributed(alone)
+
+
+def test_the_network_interface_is_named_where_processes_are_on_several_machines(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert process_group._interface_hint(read_launch(BY_HAND)) == ""
+    assert "GLOO_SOCKET_IFNAME" in (hint := process_group._interface_hint(read_launch(SLURM))) and "not set" in hint
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    assert process_group._interface_hint(read_launch(SLURM)).endswith("it is ib0")
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from harness.errors import UserError
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
 
-PROBE_IMAGES = 16  # for each device, at most: the speeds of precisions are compared on a batch of this size
+PROBE_IMAGES = 16  # for each CPU device, at most: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 FAR_SLOWER = 4  # a pass that takes more than this many times as long as one in another precision is not repeated either
@@ -117,7 +117,8 @@ def resolve(
             f"batches of {batch} in micro-batches of {chosen} cannot be divided over {count} devices; give a "
             "--micro-batch and a batch (--set batch=...) that are multiples of them, or a smaller --mesh"
         )
-    images = min(chosen, PROBE_IMAGES * count)
+    # An accelerator is measured with the micro-batch that will run: a smaller one would not fill it.
+    images = min(chosen, PROBE_IMAGES * count) if platform == "cpu" else chosen
     candidates = list(COMPUTE_DTYPES) if precision == "auto" else [precision]
     seconds: dict[str, float] = {}  # of training on one image, by precision
     for candidate in candidates:

@@ -69,11 +69,16 @@ def units(net: nn.Module) -> list[nn.Module]:
     return [net]
 
 
-def _keep_dropout_masks() -> None:
-    """Make compiled dropout draw the masks of uncompiled dropout, in all networks that this process compiles from now on."""
-    from torch._inductor import config
+def _configure_compiler() -> None:
+    """Set what holds for all networks that this process compiles from now on.
 
-    config.fallback_random = True
+    Compiled dropout draws the masks of uncompiled dropout. In DistributedDataParallel a block is compiled whole: torch would
+    split it where a bucket of gradients ends, for an overlap that blocks compiled one by one have anyway.
+    """
+    from torch import _dynamo, _inductor
+
+    _inductor.config.fallback_random = True
+    _dynamo.config.optimize_ddp = False
 
 
 def compile_network(net: nn.Module) -> None:
@@ -81,7 +86,7 @@ def compile_network(net: nn.Module) -> None:
 
     Names of weights and masks of dropout stay the same.
     """
-    _keep_dropout_masks()
+    _configure_compiler()
     for unit in units(net):
         unit.compile(dynamic=False)
 
@@ -97,7 +102,7 @@ def compile_sampler(net: nn.Module, device: torch.device) -> Callable[..., torch
     if device.type != "cuda":
         compile_network(net)
         return net
-    _keep_dropout_masks()
+    _configure_compiler()
     graph = torch.compile(net, mode="reduce-overhead", dynamic=False)
     plain = torch.compile(net, dynamic=False)
     usable = True

@@ -2,9 +2,9 @@
 
 `--mesh DATAxMODEL`: with MODEL 1 every process holds all weights (DistributedDataParallel). Otherwise weights, averages
 and moments are sharded over MODEL processes (fully_shard, FSDP2). Noise, timesteps and flips belong to images, so any mesh
-makes the same run up to the order of sums, and the same mesh makes the same bits. The masks of a network's own dropout are
-the exception: the first image of a micro-batch seeds them, so another division into micro-batches draws other masks of the
-same distribution.
+makes the same run up to the order of sums, and on CPUs the same mesh makes the same bits. The masks of a network's own
+dropout are the exception: the first image of a micro-batch seeds them, so another division into micro-batches draws other
+masks of the same distribution.
 """
 
 from __future__ import annotations

@@ -138,6 +138,7 @@ class TorchProcessGroup(ProcessGroup):
             raise UserError(
                 f"process {self.index} of {self.size} cannot join the others at {launch.address}:{launch.port} ({reason}); "
                 "start all of them with torchrun, or with the same MASTER_ADDR and MASTER_PORT"
+                + _interface_hint(launch)
             ) from error
         _launch = launch
         atexit.register(self._leave)
@@ -178,6 +179,15 @@ class TorchProcessGroup(ProcessGroup):
 
     def all_max(self, value: int) -> int:
         return int(all_max(value))
+
+
+def _interface_hint(launch: LaunchInfo) -> str:
+    """What else may keep processes on several machines apart; empty on one machine."""
+    if launch.local_world_size == launch.world_size:
+        return ""
+    given = os.environ.get("GLOO_SOCKET_IFNAME")
+    now = f"it is {given}" if given else "it is not set, so gloo takes the one of the host's name"
+    return f"; between machines GLOO_SOCKET_IFNAME (and NCCL_SOCKET_IFNAME) name the network interface of each, as eth0; {now}"
 
 
 def _rendezvous(launch: LaunchInfo) -> dist.Store:

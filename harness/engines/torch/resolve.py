@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 PRECISIONS = ("float32", "bfloat16")  # that `--precision auto` chooses from
 NAMED_PRECISIONS = ("float32", "tf32", "bfloat16")
-PROBE_IMAGES = 16  # at most: the speeds of precisions are compared on a batch of this size
+PROBE_IMAGES = 16  # at most on a CPU: the speeds of precisions are compared on a batch of this size
 PROBE_REPEATS = 3
 # A precision in which a product of matrices of this side takes more than FAR_SLOWER times as long is not measured.
 FAR_SLOWER = 4
@@ -256,7 +256,8 @@ def resolve(
     if fitting == 0:
         raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free, averages)
     chosen = min(micro_batch or fitting, local_batch)  # the micro-batch; that of the user is not checked for memory
-    images = min(chosen, PROBE_IMAGES)
+    # A GPU is measured with the micro-batch that will run: with fewer images it would wait for the launches of its kernels.
+    images = min(chosen, PROBE_IMAGES) if device.type == "cpu" else chosen
     check_precision(device, precision)
     candidates = list(PRECISIONS) if precision == "auto" else [precision]
     processes = process_group.size()
