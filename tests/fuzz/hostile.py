@@ -37,7 +37,7 @@ from valid_files import World, prepared
 
 from harness.errors import RunError, UserError
 
-PATIENCE, ROUNDS = 20, 9  # seconds of one input; see `patience`
+PATIENCE, ROUNDS = 60, 9  # seconds of one input, see `patience`; `check` compiles, and takes up to 30
 MEMORY = 6 << 30  # bytes of address space beyond what the process has when it begins
 
 
