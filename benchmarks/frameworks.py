@@ -41,7 +41,13 @@ from harness.runs.run import Resolved
 LATENTS = {"input_size": 32, "in_channels": 4, "num_classes": 1000}  # the paper's at 256 pixels
 DIGITS = {"input_size": 8, "in_channels": 1, "num_classes": 10}
 # Enough images a step that it is arithmetic and not the optimiser's pass over the weights.
-CASES = {"dit-s-8": (LATENTS, 64), "dit-s-2": (LATENTS, 16), "adm-xs": (DIGITS, 64), "ldm-xs": (DIGITS, 64)}
+CASES = {
+    "dit-b-2": (LATENTS, 64),
+    "dit-s-8": (LATENTS, 64),
+    "dit-s-2": (LATENTS, 16),
+    "adm-xs": (DIGITS, 64),
+    "ldm-xs": (DIGITS, 64),
+}
 SAMPLER_STEPS = 5
 
 

@@ -36,8 +36,7 @@ def of_checkpoints(case):
         path = case.write(file, data)
     else:
         state = dict(case.world.state)
-        for _ in range(draw.choice((0, 1, 1, 2))):
-            key = draw.choice(list(state))
+        for key in draw.sample(list(state), draw.choice((0, 1, 1, 2))):
             state[key] = _damaged(state[key], draw, torch)
         prefix = draw.choice(
             ("", "", "module.", "_orig_mod.", "model.", "a.b.c.", "module.module.model.", "ema.", ".", "\u00e9.")
