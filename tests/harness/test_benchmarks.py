@@ -55,6 +55,36 @@ def test_the_public_network_is_ours():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
+def test_the_reckoned_step_has_the_operations_of_three_forward_passes():
+    estimate = module("mfu_estimate")
+    found, macs = estimate.trace("dit-2xs-4", 8)
+    assert sum(found.operations.values()) == pytest.approx(2 * 3 * macs * 8, rel=0.03)  # attention repeats its scores
+    assert found.count["attention"] == 2 * 4 and found.seconds["matrix products"] > 0  # of 4 blocks, there and back
+    assert 0 < found.fused_bytes() < found.bytes["element-wise"]
+    assert torch.nn.functional.scaled_dot_product_attention(*[torch.ones(1, 1, 2, 2)] * 3).shape == (1, 1, 2, 2)
+
+
+def test_the_table_of_the_reckoned_step_is_computed(tmp_path):
+    words = [sys.executable, ROOT / "benchmarks" / "mfu_estimate.py", "--out", tmp_path / "found.json"]
+    subprocess.run(words, check=True, capture_output=True, timeout=300)
+    found = json.loads((tmp_path / "found.json").read_text())
+    text = (ROOT / "docs" / "guides" / "speed.md").read_text()
+    table = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if len(cells := [c.strip() for c in line.split("|")[1:-1]]) == 5
+    }
+    names = {"optimiser": "optimiser and average"}
+    for row in found["rows"]:
+        shown = table[names.get(row["part"], row["part"])]
+        computed = [row["tflop"], row["gigabytes"], row["eager_ms"], row["fused_ms"]]
+        for text, number in zip(shown, computed, strict=True):
+            assert float(text or 0) == pytest.approx(number, abs=0.5 if "." not in text else 0.05), row
+    assert [f"{found['mfu'][key]:.0%}" for key in ("eager", "fused")] == [
+        text.replace(" ", "") for text in table["utilisation (MFU)"][2:]
+    ]
+
+
 @pytest.mark.slow
 def test_sampling_is_timed_beside_both_peers(tmp_path):
     words = ["--backbones", "dit-xs-4", "--batch", "1", "--steps", "2", "--runs", "1", "--threads", "1"]
