@@ -8,6 +8,7 @@ from torch import Tensor
 
 from evaluators.features.spec import Features, FeatureSpec
 from harness.errors import RunError, UserError
+from harness.frameworks.torch_float32 import exact_float32
 
 
 def in_batches(
@@ -25,7 +26,7 @@ def in_batches(
         raise UserError(f"features need uint8 images (N, H, W, 1 or 3), got {images.dtype} {images.shape}")
     pooled = np.empty((len(images), spec.dim), np.float32)
     logits = np.empty((len(images), spec.classes or 0), np.float32)
-    with torch.inference_mode():
+    with torch.inference_mode(), exact_float32(device.type):
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
             batch = torch.from_numpy(np.array(images[rows])).to(device)  # copied: torch warns of read-only maps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from harness.pipeline.evaluate import log_notes
 from harness.pipeline.evaluation_config import make_evaluator
 from harness.pipeline.measure import evaluate_and_record
 from harness.pipeline.report import report
-from harness.pipeline.sample import decoder_of, sample_run
+from harness.pipeline.sample import decoder_of, sample_run, torch_device
 from harness.pipeline.train import RunSession, open_session
 from harness.pipeline.training_images import compared_with, needs_training_images, with_training_images
 from harness.planning.matching import request_from
@@ -80,7 +81,7 @@ def run(options: RunOptions) -> RunResult:
         decoder = decoder_of(session, options.decoder, options.device)
         images = config = None
         if evaluator is not None:
-            config = evaluator.config
+            config = dataclasses.replace(evaluator.config, device=torch_device(session, options.device))
             if evaluator.images is None:
                 images, config = compared_with(request.protocol, training_images(session), config)
             else:

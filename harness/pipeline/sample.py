@@ -213,6 +213,18 @@ def _pictures_of_run(
     return draw_pictures(job, make, description, device=lambda: device_of(run, group), group=group)
 
 
+def torch_device(run: Run | RunSession, device: str | None = None) -> str:
+    """The device of torch's networks beside that of a run: its decoder and the feature network of its evaluation.
+
+    run: a `RunSession` if the run may not exist yet. device: the value of --device, used only if the run does not exist yet.
+    """
+    if run.framework != "torch":  # this torch may not see jax's accelerator
+        return "cpu"
+    if run.resolved is not None:  # the run exists
+        return run.resolved.device
+    return get_backend("torch").resolve_device(device).platform
+
+
 def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
     """The decoder of a run's samples; None if the run is in pixels.
 
@@ -227,15 +239,9 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
             raise UserError(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
         return None
     flag, latents = "--decoder DIR", run.identity["latents"]
-    if run.framework != "torch":  # decoders are torch modules, and this torch may not see jax's accelerator
-        device = "cpu"
-    elif run.resolved is not None:  # the run exists
-        device = run.resolved.device
-    else:
-        device = get_backend("torch").resolve_device(device).platform
     vae_path = run.source_paths.get("vae", "")
     try:
-        decoder = load_autoencoder(name or vae_path, device=device, flag=flag)
+        decoder = load_autoencoder(name or vae_path, device=torch_device(run, device), flag=flag)
     except UserError as error:
         if name is not None:
             raise

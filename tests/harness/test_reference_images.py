@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny_suite
 
 import harness
 from harness.data.digits import load
@@ -70,3 +71,25 @@ def test_a_negative_number_is_refused():
     assert protocol.reference_images == 0 and get_protocol("fashion-mnist-16").reference_images == 10_000
     with pytest.raises(UserError, match="reference_images must not be negative"):
         dataclasses.replace(protocol, reference_images=-1)
+
+
+@pytest.fixture
+def tiny_suites():
+    with tiny_suite.registered():
+        yield
+
+
+def test_features_are_computed_on_the_device_of_the_run(tmp_path, monkeypatch, tiny_suites):
+    devices = []
+
+    def load(spec, device):
+        devices.append(device)
+        return tiny_suite.Projection(spec, device)
+
+    monkeypatch.setattr(tiny_suite, "load", load)
+    (tmp_path / "tiny.toml").write_text(FILE.replace('"embedded"', '"tiny"'))
+    monkeypatch.chdir(tmp_path)
+    settings = {"backbone": "dit-3xs-4", "protocol": "tiny.toml", "sampling_steps": (2,), "report": False}
+    harness.run(steps=1, device="cpu:0", **settings)
+    harness.run(steps=2, **settings)  # the run keeps its device
+    assert devices and set(devices) == {"cpu:0"}
