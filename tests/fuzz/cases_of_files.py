@@ -193,7 +193,15 @@ def of_npz(case):
 
 def _batches(draw, images):
     return draw.choice(
-        (iter([images]), iter([]), images, [images, None], iter([images[:2], images[..., :0]]), None, "x")
+        (
+            iter([images]),
+            iter([]),
+            images,
+            [images, None],
+            iter([images[:2], np.atleast_1d(images)[..., :0]]),
+            None,
+            "x",
+        )
     )
 
 
