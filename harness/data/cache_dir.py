@@ -1,4 +1,4 @@
-"""The user's cache: files that are downloaded once for all runs, and features that are computed once.
+"""The user's cache: files that are downloaded once for all runs, and what is computed once (features, compiled programs).
 
 It may be removed at any time. Nothing of it lies beside the user's own files.
 """
@@ -38,3 +38,8 @@ def downloads(name: str) -> Path:
 def features(given: Path | None = None) -> Path:
     """The folder of the features of images by their content. It need not exist. given: as in `cache_folder`."""
     return cache_folder(given) / "features"
+
+
+def compiled(machine: str) -> Path:
+    """The folder of JAX's compiled programs. It need not exist. machine: a name; a processor cannot run another's code."""
+    return cache_folder() / "compiled" / machine

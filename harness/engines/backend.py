@@ -23,7 +23,9 @@ def get_backend(framework: str) -> Backend:
         return torch_backend
     if framework == "jax":
         from harness.engines.jax import backend as jax_backend
+        from harness.engines.jax.compiling import keep_compiled_programs
 
+        keep_compiled_programs()
         return jax_backend
     raise UserError(unknown("framework", framework, FRAMEWORKS))
 

@@ -1,5 +1,10 @@
 """What is compiled once: the loop of a sampler, for all its numbers of steps and all weights of one network."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -38,3 +43,42 @@ def test_other_numbers_of_steps_run_the_same_program(sampler):
     assert not np.array_equal(images[4], images[9])
     stage(sampler, 4, mesh, guidance=Guidance(3.0))
     assert _compiled.cache_info().misses == 2  # another scale is another program
+
+
+KEPT = """
+import sys
+from pathlib import Path
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+from harness.engines.backend import get_backend
+get_backend("jax")
+folder = jax.config.jax_compilation_cache_dir
+if folder is not None:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))).block_until_ready()
+    print(len(list(Path(folder).glob("*-cache"))), folder)
+"""
+
+
+def test_programs_are_kept_in_the_users_cache(tmp_path):
+    def said(cache, **more):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_COMPILATION")}
+        environment |= {"HARNESS_CACHE": str(cache), "JAX_PLATFORMS": "cpu", **more}
+        done = subprocess.run(
+            [sys.executable, "-c", KEPT], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+        return done.stdout.split()
+
+    number, folder = said(tmp_path / "cache")
+    assert int(number) > 0 and Path(folder).parent == tmp_path / "cache" / "compiled"
+    written = {path: path.stat().st_mtime_ns for path in Path(folder).glob("*-cache")}
+    assert said(tmp_path / "cache") == [number, folder]  # taken from there
+    assert {path: path.stat().st_mtime_ns for path in Path(folder).glob("*-cache")} == written
+    assert said(tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[1] == str(tmp_path / "mine")
+    (tmp_path / "file").touch()
+    assert said(tmp_path / "file") == []  # no folder can be made there

@@ -1,13 +1,18 @@
-"""`jax.jit` with the options of XLA that the engine needs."""
+"""`jax.jit` with the options of XLA that the engine needs, and the cache of compiled programs."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import TypedDict, Unpack
 
 import jax
 from jax.stages import Wrapped
+
+from harness.data.cache_dir import compiled
 
 # On a CPU, the XLA of jaxlib 0.10 runs each matrix product and convolution in the library YNNPACK, on one thread. XLA's
 # Eigen routines, which it takes if no fusion is left to YNNPACK (""), train a U-Net faster: adm-xs at 0.98 of torch's speed
@@ -41,3 +46,33 @@ def _options(platform: str) -> dict[str, str] | None:
     except jax.errors.JaxRuntimeError:  # another version, without that option
         return None
     return CPU_OPTIONS
+
+
+CACHE_BYTES = 4 << 30  # the programs that were not used for the longest time are removed beyond this
+
+
+def keep_compiled_programs() -> None:
+    """Let JAX keep what it compiles for more than a second in the user's cache, from where the next process takes it.
+
+    Does nothing if the user has chosen a folder (JAX_COMPILATION_CACHE_DIR), or if the cache cannot be written.
+    """
+    if getattr(jax.config, "jax_compilation_cache_dir", None) is not None:
+        return
+    folder = compiled(_machine())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # it only saves time
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+
+
+def _machine() -> str:
+    """A name for machines with the same processor: a home that several of them share holds programs of each kind."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux, where homes are seldom shared
+        lines = []
+    told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
