@@ -218,6 +218,9 @@ def features(options: argparse.Namespace) -> Found:
 
 def decoder(options: argparse.Namespace) -> Found:
     """Images per second of the decoder of stable diffusion's auto-encoder, with random weights."""
+    from harness.frameworks.torchvision import make_importable
+
+    make_importable()
     from diffusers import AutoencoderKL
 
     net = AutoencoderKL(
