@@ -95,7 +95,7 @@ def evaluate_images(
     protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
     config = config or EvaluationConfig.of(protocol)
     for value, kind, what in ((name, str, "name"), (data, ImageSet, "data"), (config, EvaluationConfig, "config")):
-        if not isinstance(value, kind | None):
+        if not isinstance(value, kind) and (what == "name" or value is not None):
             raise UserError(f"{what} = {shown(value)} is no {kind.__name__}")
     source = from_batches(images, count, labels=labels, name=name)
     _check_fit(source, protocol, config)

@@ -124,9 +124,19 @@ def verify(folder: Path) -> Checkpoint:
                 raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
             if path.stat().st_size != entry["bytes"] or files.sha256_file(path) != entry["sha256"]:
                 raise UserError(f"checkpoint {folder} is corrupt: {name} does not match its checksum")
+        _check_items(state)
         return Checkpoint(folder=folder, step=int(state["step"]), state=state)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} has a state.json of another form ({error})") from error
+
+
+def _check_items(state: Mapping[str, Any]) -> None:
+    """TypeError for items of another type than the training writes. Older checkpoints have only some of them."""
+    seconds = [state.get("seconds", 0.0), *dict(state.get("spent", {})).values()]
+    if wrong := [each for each in seconds if isinstance(each, bool) or not isinstance(each, int | float)]:
+        raise TypeError(f"{wrong[0]!r} is no number of seconds")
+    if not all(isinstance(each, dict) for each in state.get("trained_with", [])):
+        raise TypeError("trained_with is no list of versions")
 
 
 # (name, shape) of a tensor -> one slice for each axis; None: the whole tensor

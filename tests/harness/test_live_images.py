@@ -121,12 +121,13 @@ def test_random_labels_are_not_taken_for_balanced_ones(samples, monkeypatch, tmp
         ([], {}, "there are no images"),
         (iter([np.zeros((50, 8, 8, 1), np.uint8)]), {"count": 120}, "50 images came, 120 were expected"),
         ([load().images[:120] // 2], {"labels": np.arange(120)}, "label 10 of image 10"),
+        ([load().images[:120] // 2], {"name": None}, "name = None is no str"),
     ],
 )
 def test_what_makes_no_sense_is_refused(images, more, message):
     judge = EvaluationConfig(suite=tiny_suite.made("tiny"))
     with pytest.raises(UserError) as caught:
-        evaluate_images(images, "digits", name="mine", config=judge, **more)
+        evaluate_images(images, "digits", **{"name": "mine", "config": judge, **more})
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 import tarfile
 
 import numpy as np
@@ -96,3 +97,12 @@ def test_numbered_classes_are_their_labels_in_every_kind_of_source(tmp_path):
     (tmp_path / "tree" / "20261127").mkdir()
     with pytest.raises(UserError, match="label 20261127 is beyond 100,000 classes"):
         open_index(tmp_path / "tree", "mine")
+
+
+@pytest.mark.parametrize("folder", [".", "class"])
+def test_a_pipe_named_as_an_image_is_refused_and_not_waited_for(folder, tmp_path):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    (tmp_path / folder / "a.png").write_bytes(png(np.zeros((8, 8), np.uint8)))
+    os.mkfifo(tmp_path / folder / "b.png")
+    with pytest.raises(UserError, match="b.png: a broken link or no plain file"):
+        open_index(tmp_path, "mine")

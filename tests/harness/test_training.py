@@ -247,6 +247,23 @@ def test_checkpoints_keep_two_and_leave_nothing_half_made(tmp_path):
     assert checkpoints.newest(tmp_path).step == 4
 
 
+@pytest.mark.parametrize(
+    ("item", "value"),
+    [
+        ("spent", 3),
+        ("spent", {"cpu": "x"}),
+        ("spent", [1]),
+        ("seconds", True),
+        ("trained_with", [1]),
+        ("trained_with", 1),
+    ],
+)
+def test_a_state_whose_items_are_of_another_type_is_refused(item, value, tmp_path):
+    checkpoints.write(tmp_path, 1, [("model", lambda: {"a": np.zeros(1, np.float32)})], {"seconds": 0.0, item: value})
+    with pytest.raises(UserError, match="state.json of another form"):
+        checkpoints.verify(tmp_path / "step-00000001")
+
+
 def test_a_folder_of_another_run_is_refused(whole):
     with pytest.raises(UserError, match=r"holds another run \(seed is 0 there and 5 here\)"):
         workshop(whole.folder, request(seed=5))
