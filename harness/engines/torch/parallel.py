@@ -10,20 +10,23 @@ masks of the same distribution.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from harness.distributed.mesh import MeshShape
 from harness.engines.torch import process_group
 from harness.errors import UserError
 from harness.runs.run import Resolved
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def mesh_of(shape: str | None, created: str = "1x1") -> MeshShape:
@@ -195,24 +198,30 @@ class DataParallelModel:
                 dist.broadcast(buffer, 0)
 
 
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether the tensor is a DTensor. Only fully_shard makes them, which imports their module; it takes a second."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds, as a plain detached tensor that shares its memory.
 
     Of a tensor that is not sharded, the whole.
     """
     tensor = tensor.detach()
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return tensor._local_tensor if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole tensor, detached. All processes must call this if it is sharded."""
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def shard_slice(tensor: torch.Tensor) -> tuple[slice, ...]:
     """Where the part that this process holds lies in the whole tensor: a slice for each axis. The part may be empty."""
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tuple(slice(None) for _ in tensor.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
