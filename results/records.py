@@ -437,6 +437,8 @@ def _coerce(value: object, kind: type) -> Any:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise TypeError(f"{value!r} is not an integer")
             value = int(value)
+        if abs(value) >= 1 << 64:  # the largest are seeds; others are printed as floats
+            raise ValueError("an integer of more than 64 bits")
         return value
     if kind is Mapping:
         if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):
