@@ -23,6 +23,7 @@ from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 
 SCHEMA_VERSION = 1
+INTEGERS = 1 << 64  # beyond all integers of a record: the largest are seeds
 ComparableKey = tuple[str, int, int, str | None, str | None, str | None, str | None]  # see `comparable_key`
 PROVENANCES = ("measured", "published")
 
@@ -54,7 +55,7 @@ class _Checked:
             hint = hints[name]
             # Two shortcuts for values that _coerce would return as they are. 0.0 takes the long way, because it may be
             # -0.0, which becomes 0.0.
-            if type(value) is hint and hint in _UNCHECKED:
+            if type(value) is hint and hint in _UNCHECKED and (hint is not int or abs(value) < INTEGERS):
                 continue
             if hint is float and type(value) is float and value and math.isfinite(value):
                 continue
@@ -437,7 +438,7 @@ def _coerce(value: object, kind: type) -> Any:
             if isinstance(value, bool) or not isinstance(value, numbers.Integral):
                 raise TypeError(f"{value!r} is not an integer")
             value = int(value)
-        if abs(value) >= 1 << 64:  # the largest are seeds; others are printed as floats
+        if abs(value) >= INTEGERS:
             raise ValueError("an integer of more than 64 bits")
         return value
     if kind is Mapping:
