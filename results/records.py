@@ -55,7 +55,7 @@ class _Checked:
             hint = hints[name]
             # Two shortcuts for values that _coerce would return as they are. 0.0 takes the long way, because it may be
             # -0.0, which becomes 0.0.
-            if type(value) is hint and hint in _UNCHECKED and (hint is not int or abs(value) < INTEGERS):
+            if type(value) is hint and hint in _UNCHECKED and not (isinstance(value, int) and abs(value) >= INTEGERS):
                 continue
             if hint is float and type(value) is float and value and math.isfinite(value):
                 continue

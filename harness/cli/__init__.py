@@ -127,6 +127,10 @@ def main() -> None:
             end(
                 2 if isinstance(error, UserError) else 1, str(error), partial(click.echo, f"harness: {error}", err=True)
             )
+        except MemoryError as error:
+            reason = str(error).partition("\n")[0] or "nothing says how much"
+            text = f"this machine has too little memory ({reason}); ask for less, or use a larger one"
+            end(1, text, partial(click.echo, f"harness: {text}", err=True))
         except OSError as error:  # a place that the system refuses, or stdout on a full disk
             give_up_stdout()
             text = f"{error.filename or 'stdout'}: {error.strerror or error}"

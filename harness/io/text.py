@@ -17,7 +17,8 @@ from typing import Any
 
 from harness.errors import UserError, shown
 
-MAX_INT = 2**63 - 1  # of seeds and counts
+MAX_INT = 2**63 - 1  # of seeds
+MAX_COUNT = 10**15  # of images and steps: more than anything computes, and little enough for arithmetic in 64 bits
 MAX_TILES = 1024  # images of one picture
 LONGEST_TOML, LONGEST_JSON = 1 << 18, 1 << 28  # bytes
 MAX_DOTS = 300  # of a line of TOML
@@ -32,6 +33,8 @@ def read_count(value: Any) -> int:
         raise ValueError(f"{value!r} is not a count such as {COUNT_EXAMPLES}") from None
     if number < 1:
         raise ValueError("must be at least 1")
+    if number > MAX_COUNT:
+        raise ValueError(f"must be at most {MAX_COUNT:,}")
     return number
 
 

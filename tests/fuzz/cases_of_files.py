@@ -198,7 +198,7 @@ def _batches(draw, images):
             iter([]),
             images,
             [images, None],
-            iter([images[:2], np.atleast_1d(images)[..., :0]]),
+            iter([np.atleast_1d(images)[:2], np.atleast_1d(images)[..., :0]]),
             None,
             "x",
         )

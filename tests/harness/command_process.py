@@ -15,7 +15,6 @@ CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
     "torch",
     "torch._dynamo",  # seconds; the first optimizer imports it, whether anything is compiled or not
-    "sklearn.datasets",  # of the digits
     "backbones.dit.torch_model",
     "harness.cli.train",
     "harness.cli.sample",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -110,6 +111,15 @@ def test_a_protocol_without_its_data_prints_the_plan_and_the_missing_pieces(tmp_
     assert "data set 'imagenet'" in done.stderr and "suite 'adm'" in done.stderr
     assert "harness run --backbone dit-xl-2 --protocol digits --steps 400000" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_into_memory_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(group, "main", lambda **_: np.arange(9 * 10**14))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    said = capsys.readouterr().err
+    assert stopped.value.code == 1 and len(said.splitlines()) == 1
+    assert said.startswith("harness: this machine has too little memory (Unable to allocate 6.39 PiB")
 
 
 def planned(monkeypatch, measured, *words):

@@ -135,6 +135,7 @@ def test_the_words_of_options_are_read_back_as_the_same_options(asked):
         ({"steps": "1e308k"}, "--steps: '1e308k' is not a count such as 250, 400k or 7M"),
         ({"seed": float("inf")}, "--seed: inf is not a valid integer"),
         ({"steps": 0}, "--steps: must be at least 1"),
+        ({"samples": 10**15 + 1}, "--samples: must be at most 1,000,000,000,000,000"),
         ({"framework": "tensorflow"}, "--framework 'tensorflow': choose one of torch, jax"),
         ({"logger": ["mlflow"]}, "--logger 'mlflow': choose one of tensorboard, wandb"),
         ({"eta": 2}, "--eta: 2.0 is not in the range"),
