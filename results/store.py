@@ -189,7 +189,7 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
         if not isinstance(given, str | os.PathLike):
             raise UserError(f"{shown(given)} is no path of records: name a run, a folder of runs, or a records.jsonl")
         path = Path(given)
-        if path.is_dir():
+        if os.path.isdir(path):  # noqa: PTH112  # of a name that is too long, Path.is_dir raises OSError
             try:
                 logs = (
                     each for each in path.rglob("*.jsonl") if each.is_file() or each.is_dir()
@@ -198,7 +198,7 @@ def find_record_files(paths: Iterable[str | os.PathLike]) -> tuple[Path, ...]:
             except OSError as error:  # such as a folder that changes meanwhile
                 where = error.filename or path
                 raise UserError(f"{path} cannot be searched for records: {where}: {error.strerror or error}") from error
-        elif path.exists():
+        elif os.path.exists(path):  # noqa: PTH110
             found.add(path)
         else:
             raise UserError(f"no record file or folder {path}: name a run, a folder of runs, or a records.jsonl")

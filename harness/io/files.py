@@ -189,7 +189,7 @@ def read_json(path: Path, what: str) -> Any:
     """The JSON document at `path`. UserError where it is missing or broken; `what` names it in the message."""
     check_plain(path, what, LONGEST_JSON)
     try:
-        return parse_json(path.read_text(encoding="utf-8-sig"))
+        return parse_json(path.read_text(encoding="utf-8-sig"), finite=True)
     except OSError as error:
         raise UserError(f"{what} {path}: {error.strerror or error}") from error
     except ValueError as error:

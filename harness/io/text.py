@@ -230,12 +230,21 @@ def read_toml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what} file {path} is not valid TOML: {error}") from error
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The JSON document in a text; ValueError where it is none, also where its brackets are too deep for Python."""
+def parse_json(text: str | bytes, *, finite: bool = False) -> Any:
+    """The JSON document in a text; ValueError where it is none, also where its brackets are too deep for Python.
+
+    finite: NaN, Infinity and numbers beyond the range of floats are a ValueError, too; else they are floats.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite) if finite else json.loads(text)
     except RecursionError:
         raise ValueError("its brackets are nested too deep") from None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is no finite number")
+    return value
 
 
 def count(text: str) -> int:

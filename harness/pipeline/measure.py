@@ -93,7 +93,7 @@ def evaluate_images(
     Raises `UserError` as for a file: too few images, another shape or dtype, or images that a guard refuses.
     """
     protocol = protocol if isinstance(protocol, Protocol) else get_protocol(protocol)
-    config = config or EvaluationConfig.of(protocol)
+    config = EvaluationConfig.of(protocol) if config is None else config
     for value, kind, what in ((name, str, "name"), (data, ImageSet, "data"), (config, EvaluationConfig, "config")):
         if not isinstance(value, kind) and (what == "name" or value is not None):
             raise UserError(f"{what} = {shown(value)} is no {kind.__name__}")
@@ -277,7 +277,7 @@ def evaluate_and_record(
     from evaluators.reference import images_sha256
     from evaluators.sharded_extraction import ShardedExtraction
 
-    config = config or EvaluationConfig.of(protocol)
+    config = EvaluationConfig.of(protocol) if config is None else config
     sha256 = samples_sha256(path) if source is None or path.is_file() else source.sha256()
     about = read_fields(path, sha256, name)
     # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.

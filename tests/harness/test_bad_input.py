@@ -304,7 +304,10 @@ def test_run_file_of_a_newer_schema(harness, run):
     assert contents(run) == before
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"schema": 1}', '{"schema": "1"}', "\udcff\udcfe"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", '{"schema": 1}', '{"schema": "1"}', "\udcff\udcfe", '{"schema": 1e999}', '{"schema": NaN}'],
+)
 def test_broken_run_file(text, harness, run):
     (run / "run.json").write_bytes(text.encode(errors="surrogateescape"))
     before = contents(run)

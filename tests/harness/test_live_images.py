@@ -122,6 +122,7 @@ def test_random_labels_are_not_taken_for_balanced_ones(samples, monkeypatch, tmp
         (iter([np.zeros((50, 8, 8, 1), np.uint8)]), {"count": 120}, "50 images came, 120 were expected"),
         ([load().images[:120] // 2], {"labels": np.arange(120)}, "label 10 of image 10"),
         ([load().images[:120] // 2], {"name": None}, "name = None is no str"),
+        ([load().images[:120] // 2], {"config": np.zeros(2)}, "is no EvaluationConfig"),
     ],
 )
 def test_what_makes_no_sense_is_refused(images, more, message):

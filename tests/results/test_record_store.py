@@ -109,6 +109,8 @@ def test_folders_are_searched(measured, tmp_path):
     expected = ["a/records.jsonl", "b/c/records.jsonl", "b/kept.jsonl"]
     assert [path.relative_to(tmp_path).as_posix() for path in found] == expected
     with pytest.raises(UserError, match="no record file or folder"):
+        find_record_files(["x" * 300])  # longer than a file's name may be
+    with pytest.raises(UserError, match="no record file or folder"):
         find_record_files([tmp_path / "nowhere"])
 
 
