@@ -62,6 +62,12 @@ def plugin_option(function: Function | None = None, *, expose_value: bool = Fals
     return option if function is None else option(function)
 
 
+entry_option = click.option(
+    "--entry",
+    metavar="NAME",
+    help="Part of a checkpoint to read, such as model or ema.shadow. [default: the only one that fits, a moving average "
+    "before raw weights]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 
 

@@ -184,6 +184,21 @@ def open_weights(path: Path, *, entry: str | None = None, markings: Iterable[Mar
     )
 
 
+def unusual_entry(path: Path, entry: str | None, markings: Iterable[Marks] = ()) -> str:
+    """The name of the entry of `path` that was asked for; "" where it is the one that is read without asking.
+
+    It belongs beside the file's hash in an identity. Arguments as of `open_weights`.
+    """
+    if entry is None:
+        return ""
+    markings = tuple(markings)
+    asked = open_weights(path, entry=entry, markings=markings).entry
+    try:
+        return "" if open_weights(path, markings=markings).entry == asked else asked
+    except UserError:  # several fit
+        return asked
+
+
 def _wrapping(entry: Entry) -> str:
     """How the weights are wrapped in the file, for people."""
     if not entry.keys:
