@@ -134,7 +134,11 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str, entr
     entry: of a checkpoint where several networks fit. Raises UserError if the file has other tensors or shapes.
     """
     markings = [[theirs for ours in expected for theirs in sources(ours, names)] for _, names, _ in LAYOUTS]
-    weights = open_weights(path, entry=entry, markings=markings)
+
+    def open_entry(name: str | None) -> WeightFile:
+        return open_weights(path, entry=name, markings=markings)
+
+    weights = open_entry(entry)
     weights.refuse_code()
     # transformers' classifiers: a prefix before all names except those of the last layer
     if all(key.startswith((PREFIX, "classifier.")) for key in weights.tensors):
@@ -150,7 +154,7 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str, entr
     problems = compare(stored_shapes, wanted_shapes)
     if problems:
         raise UserError(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
-    digest, unusual = weights.sha256(), unusual_entry(path, entry, markings)
+    digest, unusual = weights.sha256(), unusual_entry(entry, open_entry)
     state = {ours: _read(weights, sources(ours, names), tuple(meta.shape)) for ours, meta in expected.items()}
     found = f"{title} {weights.path.name}, sha256 {digest[:12]}"
     if unusual:  # the hash of the file alone would give two networks one cache of features

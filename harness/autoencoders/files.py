@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backbones.autoencoders.spec import KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
+from backbones.autoencoders.spec import FIRST_STAGE, KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
 from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
-from harness.weights.files import open_weights, sha256, unusual_entry
+from harness.weights.files import WeightFile, open_weights, sha256, unusual_entry
 from harness.weights.folders import is_index, known_file
 
 DIFFUSERS_FILE = re.compile(
     r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)(\.index(\.[A-Za-z0-9_]+)?\.json)?"
 )  # with or without a variant, or the index of several parts
+
+# Tensors of all autoencoders, in the public layout and in diffusers'
+MARKS = tuple(
+    f"{side}coder.{name}.{kind}"
+    for side in ("en", "de")
+    for name in ("conv_in", "conv_out")
+    for kind in ("weight", "bias")
+)
 
 # Stable Diffusion's scaling_factor, about 1 / the standard deviation of its latents; used if a config has none
 SCALE_KL = 0.18215
@@ -146,6 +155,17 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 
 
+def open_autoencoder(file: Path, entry: str | None = None) -> WeightFile:
+    """The weights of an autoencoder in `file`, or the whole checkpoint of an LDM. entry: as for `open_weights`."""
+    try:
+        weights = open_weights(file, entry=entry)
+        if any(name.startswith(("decoder.", FIRST_STAGE)) for name in weights.tensors):
+            return weights
+    except UserError:  # several dictionaries may fit, of which only one is an autoencoder
+        pass
+    return open_weights(file, entry=entry, markings=[MARKS])
+
+
 def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:
     """(scale, shift) of an AutoencoderKL: a sampler's latents are (z - shift) x scale of the autoencoder's z."""
     shift = config.get("shift_factor") or 0.0  # diffusers writes null for no shift
@@ -208,4 +228,10 @@ def read_identity(name: str, flag: str, entry: str | None = None) -> dict[str, A
     config = KL_CONFIG if config is None else config
     digest = sha256(file) if not is_index(file) else open_weights(file).sha256()
     recorded = record_name(known, "kl", digest)
-    return identity(recorded, digest, *scale_and_shift(config), kl_settings(config), unusual_entry(file, entry))
+    return identity(
+        recorded,
+        digest,
+        *scale_and_shift(config),
+        kl_settings(config),
+        unusual_entry(entry, partial(open_autoencoder, file)),
+    )

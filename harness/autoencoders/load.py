@@ -9,16 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from backbones.autoencoders.layout import factor, infer_arguments
 from backbones.autoencoders.spec import BY_NAME, KL_CONFIG, KNOWN, Known, diffusers_layout, kl_settings, own_tensors
-from harness.autoencoders.files import find, identity, locate, record_name, resolve, scale_and_shift
+from harness.autoencoders.files import (
+    find,
+    identity,
+    locate,
+    open_autoencoder,
+    record_name,
+    resolve,
+    scale_and_shift,
+)
 from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
-from harness.weights.files import open_weights, unchanged, unusual_entry
+from harness.weights.files import unchanged, unusual_entry
 from harness.weights.tensors import all_finite, refuse_not_finite
 
 if TYPE_CHECKING:
@@ -186,7 +195,7 @@ def load_autoencoder(
         notes=notes,
         net=net,
         batch=batch or (1 if device.startswith("cpu") else BATCH),
-        entry=unusual_entry(file, entry),
+        entry=unusual_entry(entry, partial(open_autoencoder, file)),
     )
 
 
@@ -268,7 +277,7 @@ def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.
     """
     from harness.weights.load import as_torch
 
-    weights = open_weights(path, entry=entry)
+    weights = open_autoencoder(path, entry)
     weights.refuse_code()
     stored, notes = own_tensors(weights.tensors, path)
     with unchanged(weights):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,17 +184,16 @@ def open_weights(path: Path, *, entry: str | None = None, markings: Iterable[Mar
     )
 
 
-def unusual_entry(path: Path, entry: str | None, markings: Iterable[Marks] = ()) -> str:
-    """The name of the entry of `path` that was asked for; "" where it is the one that is read without asking.
+def unusual_entry(entry: str | None, open_entry: Callable[[str | None], WeightFile]) -> str:
+    """The name of the entry of a file that was asked for; "" where it is the one that is read without asking.
 
-    It belongs beside the file's hash in an identity. Arguments as of `open_weights`.
+    It belongs beside the file's hash in an identity. open_entry: opens the file at an entry, as `open_weights` does.
     """
     if entry is None:
         return ""
-    markings = tuple(markings)
-    asked = open_weights(path, entry=entry, markings=markings).entry
+    asked = open_entry(entry).entry
     try:
-        return "" if open_weights(path, markings=markings).entry == asked else asked
+        return "" if open_entry(None).entry == asked else asked
     except UserError:  # several fit
         return asked
 

@@ -257,6 +257,14 @@ def test_stdout_on_a_full_device_and_a_reader_that_has_gone():
     assert done.returncode == 1 and done.stderr == b""
 
 
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
+    gone = str(_made(tmp_path / "gone"))
+    code = f"import os; os.chdir({gone!r}); os.rmdir({gone!r}); sys.argv = ['harness', 'evaluate', 's.npz']"
+    done = main_process(code)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "harness: the working folder no longer exists; change to one that does\n"
+
+
 def test_characters_that_an_encoding_lacks():
     print_anything()
     assert "\u2193 \u00b1 \u00d7 \u4e2d".encode("ascii", ERRORS) == b"v +- x ?"
