@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.flags_from_settings import COUNT, PATH, Value, entry_option, json_option, plugin_option
+from harness.cli.flags_from_settings import COUNT, PATH, TEXT, Value, entry_option, json_option, plugin_option
 from harness.io.text import read_path
 
 
@@ -64,7 +64,9 @@ def _read_source(value: str) -> str:
 @click.argument("source", type=Value("text", _read_source))
 @plugin_option
 @click.option("--out", type=PATH, required=True, metavar="FILE.npz", help="Where to write. Nothing is overwritten.")
-@click.option("--suite", default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`.")
+@click.option(
+    "--suite", type=TEXT, default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`."
+)
 @click.option(
     "--inception",
     "--features-weights",
@@ -152,10 +154,14 @@ def reference(
 
 
 @command.command("latents", short_help="Encode images by a VAE once, for training in its latents.")
-@click.argument("images", metavar="IMAGES")
+@click.argument("images", type=TEXT, metavar="IMAGES")
 @plugin_option
 @click.option(
-    "--vae", required=True, metavar="DIR|NAME", help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse."
+    "--vae",
+    type=TEXT,
+    required=True,
+    metavar="DIR|NAME",
+    help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse.",
 )
 @entry_option
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to make.")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.flags_from_settings import COUNT, PATH, entry_option, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, TEXT, entry_option, json_option
 
 
 @click.command("diagnose")
@@ -17,12 +17,12 @@ from harness.cli.flags_from_settings import COUNT, PATH, entry_option, json_opti
     "--against", type=PATH, metavar="PATH",
     help="What is expected: a run, a sample set, a record file, or a reference point. [default: the protocol]",
 )  # fmt: skip
-@click.option("--protocol", metavar="NAME|FILE.toml", help="Of samples without a run.")
+@click.option("--protocol", type=TEXT, metavar="NAME|FILE.toml", help="Of samples without a run.")
 @click.option("--data", type=PATH, help="The images of the training, if the protocol's data set needs a path.")
 @click.option(
     "--reference", type=PATH, help="The images that samples should be compared with. [default: the protocol's data set]"
 )
-@click.option("--suite", metavar="NAME", help="Suite whose distance is weighed. [default: the protocol's]")
+@click.option("--suite", type=TEXT, metavar="NAME", help="Suite whose distance is weighed. [default: the protocol's]")
 @click.option(
     "--features-weights", "--inception", "weights", type=PATH, metavar="FILE",
     help="Weights of the suite's network, if it needs them.",

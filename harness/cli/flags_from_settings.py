@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from harness.io.text import read_count, read_path
+from harness.io.text import read_count, read_path, read_text
 from harness.settings import Options, Setting, settings_of
 from harness.settings.plugin_flags import PLUGIN_HELP
 
@@ -30,6 +30,7 @@ class Value(click.ParamType):
 
 
 COUNT = Value("count", read_count)
+TEXT = Value("text", read_text)
 
 
 class _PathType(click.Path):
