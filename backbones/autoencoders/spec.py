@@ -109,6 +109,9 @@ def diffusers_layout(tensors: Mapping[str, Any], levels: int) -> dict[str, Any]:
     return result
 
 
+FIRST_STAGE = "first_stage_model."  # prefix of the autoencoder's names in the checkpoint of an LDM
+
+
 def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The autoencoder's own tensors in a file, without the prefix of an LDM checkpoint, and notes for the user.
 
@@ -116,8 +119,7 @@ def own_tensors(tensors: dict[str, Any], path: object) -> tuple[dict[str, Any], 
     for messages. The notes are one line on the number of tensors that are not used, or empty. Raises UserError if there
     is no decoder.
     """
-    prefix = "first_stage_model."
-    in_ldm = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    in_ldm = {name.removeprefix(FIRST_STAGE): each for name, each in tensors.items() if name.startswith(FIRST_STAGE)}
     # loss.* are the perceptual network and the discriminator of the autoencoder's training.
     own = {name: value for name, value in (in_ldm or tensors).items() if not name.startswith("loss.")}
     if not any(name.startswith("decoder.") for name in own):

@@ -44,8 +44,10 @@ class CleanInceptionFeatures(InceptionFeatures):
         return x.sub_(128.0).div_(128.0).permute(0, 3, 1, 2)  # (N, 3, 299, 299), channels last in memory
 
 
-def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> CleanInceptionFeatures:
-    """The loader of the FeatureSpec. weights: the frozen graph or its torch port, as for suite adm."""
+def load(
+    spec: FeatureSpec, device: str = "cpu", weights: Path | None = None, entry: str | None = None
+) -> CleanInceptionFeatures:
+    """The loader of the FeatureSpec. weights: the frozen graph or its torch port, as for suite adm; entry: of the port."""
     if weights is None:
         raise missing_weights(spec.name)
-    return CleanInceptionFeatures(spec, read_weights(weights), device)
+    return CleanInceptionFeatures(spec, read_weights(weights, entry), device)

@@ -18,7 +18,7 @@ from evaluators.features.inception_layers import CLASSES, EPSILON, POOLED, SPATI
 from evaluators.features.inception_structure import check_structure
 from evaluators.features.spec import Features
 from evaluators.reference import check_images
-from harness.errors import RunError, UserError
+from harness.errors import RunError, UserError, shown
 
 GRAPH_NAME, GRAPH_SIZE, GRAPH_MD5 = "classify_image_graph_def.pb", 95_673_916, "e6bb154e85f5d4331c22abcddb5dcf31"
 GRAPH_URL = f"https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/{GRAPH_NAME}"
@@ -76,8 +76,11 @@ def missing_weights(name: str) -> UserError:
     )
 
 
-def read_weights(path: Path) -> InceptionWeights:
-    """The weights in a frozen graph or a torch port of it. Raises UserError for a file without this network."""
+def read_weights(path: Path, entry: str | None = None) -> InceptionWeights:
+    """The weights in a frozen graph or a torch port of it. Raises UserError for a file without this network.
+
+    entry: of a port in a checkpoint where several fit (`harness.weights.files.open_weights`).
+    """
     path = Path(path)
     try:
         data = map_file(path)
@@ -89,7 +92,9 @@ def read_weights(path: Path) -> InceptionWeights:
     if not head or head[:1] == b"<":
         raise UserError(f"{path} is {'a web page' if head else 'empty'}; {_remedy()}")
     if head == b"PK" or head[:1] == b"\x80":  # a zip or a pickle, as torch saves them
-        return _from_port(path, data)
+        return _from_port(path, data, entry)
+    if entry is not None:
+        raise UserError(f"{path}: a frozen graph has no entries: leave out --entry {shown(entry)}")
     return _from_graph(path, data)
 
 
@@ -214,20 +219,17 @@ def _graph_layer(path: Path, nodes: dict[str, Node], conv: Conv) -> Layer:
 # The torch port -----------------------------------------------------------------------------------------------------
 
 
-def _from_port(path: Path, data: memoryview) -> InceptionWeights:
+def _from_port(path: Path, data: memoryview, entry: str | None) -> InceptionWeights:
     """The weights in a torch port of the graph. data: the bytes of the file."""
-    from harness.weights.containers import open_file
+    from harness.weights.files import open_weights
 
     sha256 = hashlib.sha256(data).hexdigest()
     known = sha256 == PORT_SHA256
-    tensors = open_file(path).value
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict):
-        raise UserError(f"{path} is not a state dict; {_remedy()}")
+    marks = [f"{conv.port}.conv.weight" for conv in convolutions()]
+    tensors = open_weights(path, entry=entry, markings=[marks]).tensors
 
     def read(name: str) -> np.ndarray:
-        if not hasattr(tensors.get(name), "read"):  # missing, or not a tensor
+        if name not in tensors:
             raise UserError(f"{path} is not a torch port of this Inception-v3: {name} is missing; {_remedy()}")
         return tensors[name].read()
 

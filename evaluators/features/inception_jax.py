@@ -196,8 +196,10 @@ def pick_device(name: str) -> jax.Device:
         ) from error
 
 
-def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> InceptionFeatures:
-    """The loader of the FeatureSpec. weights: the frozen graph or its torch port."""
+def load(
+    spec: FeatureSpec, device: str = "cpu", weights: Path | None = None, entry: str | None = None
+) -> InceptionFeatures:
+    """The loader of the FeatureSpec. weights: the frozen graph or its torch port; entry: of the port."""
     if weights is None:
         raise missing_weights(spec.name)
-    return InceptionFeatures(spec, read_weights(weights), device)
+    return InceptionFeatures(spec, read_weights(weights, entry), device)

@@ -166,8 +166,10 @@ class InceptionFeatures:
             return extract_in_batches(self.name, images, self.batch_size, self._forward)
 
 
-def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> InceptionFeatures:
-    """The loader of the FeatureSpec. weights: the frozen graph or its torch port."""
+def load(
+    spec: FeatureSpec, device: str = "cpu", weights: Path | None = None, entry: str | None = None
+) -> InceptionFeatures:
+    """The loader of the FeatureSpec. weights: the frozen graph or its torch port; entry: of the port."""
     if weights is None:
         raise missing_weights(spec.name)
-    return InceptionFeatures(spec, read_weights(weights), device)
+    return InceptionFeatures(spec, read_weights(weights, entry), device)

@@ -6,11 +6,12 @@ Importing this module loads no framework: a `FeatureSpec` names an extractor, wh
 from __future__ import annotations
 
 import importlib
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from harness.errors import UserError
+from harness.errors import UserError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +52,8 @@ class FeatureSpec:
     """Description of an extractor, which can be listed without loading it. The object of `harness.features` entry points.
 
     loader: "module:attribute" of a callable (spec, device) -> FeatureExtractor, where device is a torch-style name. With
-    weights_option it is called as (spec, device, path of the weights or None).
+    weights_option it is called as (spec, device, path of the weights or None), and where users choose one of the entries
+    of a checkpoint, with its name as a fourth argument, `entry`, if the loader has that parameter.
     """
 
     name: str
@@ -79,8 +81,11 @@ class FeatureSpec:
             raise UserError(f"features {self.name} cannot be loaded ({error}): pip install {self.requires}") from error
         return loader(self, device)
 
-    def load(self, device: str = "cpu", weights: Path | None = None) -> FeatureExtractor:
-        """Import the loader and build the extractor. Raises UserError with the fix if a package or file is missing."""
+    def load(self, device: str = "cpu", weights: Path | None = None, entry: str | None = None) -> FeatureExtractor:
+        """Import the loader and build the extractor. Raises UserError with the fix if a package or file is missing.
+
+        entry: of the weight file, where several fit (`harness.weights.files.open_weights`).
+        """
         if weights is not None and not self.weights_option:
             raise UserError(
                 f"features {self.name} take no weight file, because theirs is packaged: leave {weights} out"
@@ -90,4 +95,10 @@ class FeatureSpec:
             loader = getattr(importlib.import_module(module), attribute)
         except ImportError as error:
             raise UserError(f"features {self.name} cannot be loaded ({error}): pip install {self.requires}") from error
+        if entry is not None:
+            if not self.weights_option or "entry" not in inspect.signature(loader).parameters:
+                raise UserError(
+                    f"features {self.name} take no entry of a weight file: leave out --entry {shown(entry)}"
+                )
+            return loader(self, device, weights, entry)
         return loader(self, device, weights) if self.weights_option else loader(self, device)

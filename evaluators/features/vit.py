@@ -166,6 +166,7 @@ class VitFeatures:
     """The extractor; see `evaluators.features.FeatureExtractor` for the contract.
 
     weights: a file or folder, or the name of a repository on the Hugging Face hub; None: the file in torch.hub's cache.
+    entry: of that file, where several fit.
     """
 
     def __init__(
@@ -175,13 +176,14 @@ class VitFeatures:
         weights: Path | None,
         device: str = "cpu",
         batch_size: int | None = None,
+        entry: str | None = None,
     ):
         self.name, self.dim, self.shape = spec.name, spec.dim, shape
         self.device = torch.device(device)
         self.batch_size = batch_size or (8 if self.device.type == "cpu" else 64)
         with torch.device("meta"):  # so that the weights are in memory once, not twice
             net = VisionTransformer(shape)
-        loaded = read_state(find_weights(spec.name, shape, weights), net.state_dict(), spec.name)
+        loaded = read_state(find_weights(spec.name, shape, weights), net.state_dict(), spec.name, entry)
         net.load_state_dict(loaded.state, strict=True, assign=True)
         self.net = net.eval().requires_grad_(False).to(self.device)
         # The description states the preprocessing, so it is part of the hash.
@@ -201,6 +203,6 @@ class VitFeatures:
         return Features(pooled=pooled)
 
 
-def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None) -> VitFeatures:
+def load(spec: FeatureSpec, device: str = "cpu", weights: Path | None = None, entry: str | None = None) -> VitFeatures:
     """The loader of the FeatureSpec."""
-    return VitFeatures(spec, SHAPES[spec.name], weights, device)
+    return VitFeatures(spec, SHAPES[spec.name], weights, device, entry=entry)

@@ -4,6 +4,7 @@ Four layouts are read: facebookresearch/dinov2's, whose names are ours; transfor
 CLIPVisionModelWithProjection; and openai/CLIP's state dict. Nothing in a file is ever executed.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import torch
 
 from evaluators.features.vit_shapes import FLAG, VitShape
 from harness.errors import UserError
-from harness.weights.files import WeightFile, open_weights
+from harness.weights.files import WeightFile, open_weights, unusual_entry
 from harness.weights.load import as_torch
 from harness.weights.maps import compare
 
@@ -88,7 +89,7 @@ TRANSPOSED = ("visual.proj",)  # result of `sources` for proj.weight in openai/C
 class ReadState:
     """Weights read from a file.
 
-    state: float32, under our names. sha256: of the file. found: one line that describes the file.
+    state: float32, under our names. sha256: of the file, and of the entry if another than the usual was named. found: one line that describes the file.
     """
 
     state: dict[str, torch.Tensor]
@@ -127,12 +128,17 @@ def _layout(weights: WeightFile, expected: Mapping[str, torch.Tensor]) -> tuple[
     return max(LAYOUTS, key=count_present)
 
 
-def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> ReadState:
+def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str, entry: str | None = None) -> ReadState:
     """The weights at `path` under our names, exactly those of `expected`, whose tensors may be on the meta device.
 
-    Raises UserError if the file has other tensors or shapes.
+    entry: of a checkpoint where several networks fit. Raises UserError if the file has other tensors or shapes.
     """
-    weights = open_weights(path)
+    markings = [[theirs for ours in expected for theirs in sources(ours, names)] for _, names, _ in LAYOUTS]
+
+    def open_entry(name: str | None) -> WeightFile:
+        return open_weights(path, entry=name, markings=markings)
+
+    weights = open_entry(entry)
     weights.refuse_code()
     # transformers' classifiers: a prefix before all names except those of the last layer
     if all(key.startswith((PREFIX, "classifier.")) for key in weights.tensors):
@@ -148,9 +154,12 @@ def read_state(path: Path, expected: Mapping[str, torch.Tensor], name: str) -> R
     problems = compare(stored_shapes, wanted_shapes)
     if problems:
         raise UserError(f"{weights.path} does not hold the weights of {name} (read as {title}): {problems.first()}")
-    digest = weights.sha256()
+    digest, unusual = weights.sha256(), unusual_entry(entry, open_entry)
     state = {ours: _read(weights, sources(ours, names), tuple(meta.shape)) for ours, meta in expected.items()}
-    return ReadState(state=state, sha256=digest, found=f"{title} {weights.path.name}, sha256 {digest[:12]}")
+    found = f"{title} {weights.path.name}, sha256 {digest[:12]}"
+    if unusual:  # the hash of the file alone would give two networks one cache of features
+        digest, found = hashlib.sha256(f"{digest}\n{unusual}".encode()).hexdigest(), f"{found}, entry {unusual}"
+    return ReadState(state=state, sha256=digest, found=found)
 
 
 def _stored_shape(

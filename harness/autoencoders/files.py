@@ -5,19 +5,28 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backbones.autoencoders.spec import KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
+from backbones.autoencoders.spec import FIRST_STAGE, KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
 from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
-from harness.weights.files import open_weights, sha256
+from harness.weights.files import WeightFile, open_weights, sha256, unusual_entry
 from harness.weights.folders import is_index, known_file
 
 DIFFUSERS_FILE = re.compile(
     r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)(\.index(\.[A-Za-z0-9_]+)?\.json)?"
 )  # with or without a variant, or the index of several parts
+
+# Tensors of all autoencoders, in the public layout and in diffusers'
+MARKS = tuple(
+    f"{side}coder.{name}.{kind}"
+    for side in ("en", "de")
+    for name in ("conv_in", "conv_out")
+    for kind in ("weight", "bias")
+)
 
 # Stable Diffusion's scaling_factor, about 1 / the standard deviation of its latents; used if a config has none
 SCALE_KL = 0.18215
@@ -146,6 +155,17 @@ def locate(path: Path, flag: str) -> tuple[dict[str, Any] | None, Path]:
     return {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}, file
 
 
+def open_autoencoder(file: Path, entry: str | None = None) -> WeightFile:
+    """The weights of an autoencoder in `file`, or the whole checkpoint of an LDM. entry: as for `open_weights`."""
+    try:
+        weights = open_weights(file, entry=entry)
+        if any(name.startswith(("decoder.", FIRST_STAGE)) for name in weights.tensors):
+            return weights
+    except UserError:  # several dictionaries may fit, of which only one is an autoencoder
+        pass
+    return open_weights(file, entry=entry, markings=[MARKS])
+
+
 def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:
     """(scale, shift) of an AutoencoderKL: a sampler's latents are (z - shift) x scale of the autoencoder's z."""
     shift = config.get("shift_factor") or 0.0  # diffusers writes null for no shift
@@ -157,13 +177,15 @@ def record_name(known: Known | None, kind: str, sha256: str) -> str:
     return known.record_name if known is not None else f"{'vae' if kind == 'kl' else 'vq'}-{sha256[:12]}"
 
 
-def identity(name: str, sha256: str, scale: float, shift: float, settings: Mapping[str, Any]) -> dict[str, Any]:
+def identity(
+    name: str, sha256: str, scale: float, shift: float, settings: Mapping[str, Any], entry: str = ""
+) -> dict[str, Any]:
     """`Decoder.identity`: what decides the decoded images, for records; the path of the weights is no part of it.
 
-    sha256: of the weight file. settings: the arguments of the network that are hashed.
+    sha256: of the weight file. settings: the arguments of the network that are hashed. entry: as of `Decoder`.
     """
     config_sha256 = files.sha256_json(dict(settings))  # no weight shows the activation or the number of groups
-    return _identity(name, sha256, scale, shift, config_sha256)
+    return _identity(name, sha256, scale, shift, config_sha256, entry)
 
 
 def identity_behind_latents(latents: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -178,28 +200,38 @@ def identity_behind_latents(latents: Mapping[str, Any], name: str) -> dict[str, 
     sha256 = str(latents["vae_sha256"])
     recorded = record_name(found if isinstance(found, Known) else None, "kl", sha256)
     return _identity(
-        recorded, sha256, latents["scale_factor"], latents["shift_factor"], str(latents["vae_config_sha256"])
-    )
+        recorded, sha256, latents["scale_factor"], latents["shift_factor"], str(latents["vae_config_sha256"]),
+        latents.get("vae_entry", ""),
+    )  # fmt: skip
 
 
-def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256: str) -> dict[str, Any]:
-    """The dictionary that `identity` returns; it has a shift_factor only if that is not 0."""
+def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256: str, entry: str) -> dict[str, Any]:
+    """The dictionary that `identity` returns; without a shift_factor of 0, and without an empty entry."""
     return {
         "name": name,
         "weights_sha256": sha256,
         "scale_factor": scale,
         **({"shift_factor": shift} if shift else {}),
         "config_sha256": config_sha256,
+        **({"entry": entry} if entry else {}),
     }
 
 
-def read_identity(name: str, flag: str) -> dict[str, Any]:
+def read_identity(name: str, flag: str, entry: str | None = None) -> dict[str, Any]:
     """`Decoder.identity` of the AutoencoderKL `name`, computed from its files without loading it.
 
-    The kind is not checked: for an autoencoder with a codebook, the result is different from all decoders' identities.
+    entry: of the weight file, as for `load_autoencoder`. The kind is not checked: for an autoencoder with a codebook, the
+    result is different from all decoders' identities.
     """
     known, path, _ = find(name, None, flag)
     config, file = locate(path, flag)
     config = KL_CONFIG if config is None else config
     digest = sha256(file) if not is_index(file) else open_weights(file).sha256()
-    return identity(record_name(known, "kl", digest), digest, *scale_and_shift(config), kl_settings(config))
+    recorded = record_name(known, "kl", digest)
+    return identity(
+        recorded,
+        digest,
+        *scale_and_shift(config),
+        kl_settings(config),
+        unusual_entry(entry, partial(open_autoencoder, file)),
+    )

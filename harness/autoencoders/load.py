@@ -9,16 +9,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from backbones.autoencoders.layout import factor, infer_arguments
 from backbones.autoencoders.spec import BY_NAME, KL_CONFIG, KNOWN, Known, diffusers_layout, kl_settings, own_tensors
-from harness.autoencoders.files import find, identity, locate, record_name, resolve, scale_and_shift
+from harness.autoencoders.files import (
+    find,
+    identity,
+    locate,
+    open_autoencoder,
+    record_name,
+    resolve,
+    scale_and_shift,
+)
 from harness.errors import RunError, UserError
 from harness.registry import unknown
 from harness.spec import Compute
-from harness.weights.files import open_weights, unchanged
+from harness.weights.files import unchanged, unusual_entry
 from harness.weights.tensors import all_finite, refuse_not_finite
 
 if TYPE_CHECKING:
@@ -59,8 +68,7 @@ class Decoder:
     def identity(self) -> dict[str, Any]:
         """What decides the decoded images, for records; the path of the weights is no part of it."""
         settings = self.config if self.kind == "vq" else kl_settings(self.config)
-        found = identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings)
-        return {**found, **({"entry": self.entry} if self.entry else {})}
+        return identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings, self.entry)
 
     @property
     def image_channels(self) -> int:
@@ -187,19 +195,8 @@ def load_autoencoder(
         notes=notes,
         net=net,
         batch=batch or (1 if device.startswith("cpu") else BATCH),
-        entry=_entry_in_identity(file, entry),
+        entry=unusual_entry(entry, partial(open_autoencoder, file)),
     )
-
-
-def _entry_in_identity(file: Path, entry: str | None) -> str:
-    """The name of the entry that was asked for; "" where it is the one that is read without asking."""
-    if entry is None:
-        return ""
-    asked = open_weights(file, entry=entry).entry
-    try:
-        return "" if open_weights(file).entry == asked else asked
-    except UserError:  # several fit
-        return asked
 
 
 def decoder_compute(name: str, image_size: int = 256, direction: str = "decode") -> Compute:
@@ -275,12 +272,12 @@ def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def read_tensors(path: Path, entry: str | None = None) -> tuple[dict[str, torch.Tensor], tuple[str, ...], str]:
     """(the autoencoder's tensors by name; notes on what was left out; SHA-256 of the file).
 
-    Of an LDM's checkpoint only the first stage is read. entry: of the file, as for `load_autoencoder`. Nothing in the file is executed. UserError for values that are
-    not finite.
+    Of an LDM's checkpoint only the first stage is read. entry: of the file, as for `load_autoencoder`. Nothing in the file
+    is executed. UserError for values that are not finite.
     """
     from harness.weights.load import as_torch
 
-    weights = open_weights(path, entry=entry)
+    weights = open_autoencoder(path, entry)
     weights.refuse_code()
     stored, notes = own_tensors(weights.tensors, path)
     with unchanged(weights):

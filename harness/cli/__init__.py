@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn
 
 import click
@@ -109,6 +110,7 @@ def main() -> None:
     print_anything()
     with _terminable() as terminated:
         try:
+            _check_working_folder()
             group.main(standalone_mode=False, prog_name="harness")
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a full device becomes one line
@@ -135,6 +137,16 @@ def main() -> None:
             give_up_stdout()
             text = f"{error.filename or 'stdout'}: {error.strerror or error}"
             end(1, text, partial(click.echo, f"harness: {text}", err=True))
+
+
+def _check_working_folder() -> None:
+    """UserError where the working folder was deleted: relative paths mean nothing there, and libraries end the process."""
+    from harness.errors import UserError
+
+    try:
+        Path.cwd()
+    except OSError:
+        raise UserError("the working folder no longer exists; change to one that does") from None
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from harness import registry
-from harness.cli.flags_from_settings import PATH, json_option, plugin_option
+from harness.cli.flags_from_settings import PATH, TEXT, json_option, plugin_option
 from harness.errors import UserError
 from harness.io.progress import Bar
 from harness.spec import FRAMEWORKS, BackboneSpec
@@ -23,6 +23,7 @@ from harness.spec import FRAMEWORKS, BackboneSpec
 )
 @click.option(
     "--protocol",
+    type=TEXT,
     metavar="NAME|FILE.toml",
     help="Check at the input of this protocol. [default: the backbone's own input]",
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from evaluators.features import INCEPTION_BACKENDS
-from harness.cli.flags_from_settings import COUNT, PATH, Value, json_option, plugin_option
+from harness.cli.flags_from_settings import COUNT, PATH, TEXT, Value, entry_option, json_option, plugin_option
 from harness.io.text import read_path
 
 
@@ -64,7 +64,9 @@ def _read_source(value: str) -> str:
 @click.argument("source", type=Value("text", _read_source))
 @plugin_option
 @click.option("--out", type=PATH, required=True, metavar="FILE.npz", help="Where to write. Nothing is overwritten.")
-@click.option("--suite", default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`.")
+@click.option(
+    "--suite", type=TEXT, default="adm", show_default=True, metavar="NAME", help="A name of `harness list suites`."
+)
 @click.option(
     "--inception",
     "--features-weights",
@@ -73,6 +75,7 @@ def _read_source(value: str) -> str:
     metavar="FILE",
     help="Weights of the suite's network; for suite adm classify_image_graph_def.pb, or its torch port.",
 )
+@entry_option
 @click.option(
     "--backend",
     type=click.Choice(list(INCEPTION_BACKENDS)),
@@ -99,6 +102,7 @@ def reference(
     out: Path,
     suite: str,
     weights: Path | None,
+    entry: str | None,
     backend: str,
     device: str,
     images: int | None,
@@ -124,7 +128,7 @@ def reference(
     from harness.pipeline.make_reference import make_reference, open_source
 
     files.check_output(out, "--out")
-    config = make_config(get_suite(suite), weights, backend, reference=None, device=device)
+    config = make_config(get_suite(suite), weights, backend, reference=None, device=device, entry=entry)
     found = open_source(source, data)
     log_notes([found])
     made = make_reference(
@@ -132,6 +136,7 @@ def reference(
         out,
         config.suite,
         weights=config.weights,
+        entry=config.entry,
         images=images,
         seed=seed,
         cache=features(cache),
@@ -149,15 +154,20 @@ def reference(
 
 
 @command.command("latents", short_help="Encode images by a VAE once, for training in its latents.")
-@click.argument("images", metavar="IMAGES")
+@click.argument("images", type=TEXT, metavar="IMAGES")
 @plugin_option
 @click.option(
-    "--vae", required=True, metavar="DIR|NAME", help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse."
+    "--vae",
+    type=TEXT,
+    required=True,
+    metavar="DIR|NAME",
+    help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse.",
 )
+@entry_option
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to make.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")
 @json_option
-def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool) -> None:
+def latents(images: str, vae: str, entry: str | None, out: Path, device: str | None, as_json: bool) -> None:
     """Encode every image and its mirror image once: means and standard deviations of the posteriors, which training
     samples from.
 
@@ -174,7 +184,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
     from harness.data.load import open_image_set
 
     source = open_image_set(images)
-    meta = existing_cache(source, vae, out)
+    meta = existing_cache(source, vae, out, entry)
     new = False
     if meta is None:  # no cache, an incomplete one, or one of other images or another VAE, which make_cache refuses
         from harness.autoencoders.load import load_autoencoder
@@ -182,7 +192,7 @@ def latents(images: str, vae: str, out: Path, device: str | None, as_json: bool)
         from harness.runs.provenance import environment
 
         target = pick_device(device)
-        encoder = load_autoencoder(vae, device=str(target), flag="--vae DIR")
+        encoder = load_autoencoder(vae, device=str(target), flag="--vae DIR", entry=entry)
         new = make_cache(source, encoder, out, environment=environment(device_name(target)))
         meta = read_meta(out)
     if as_json:

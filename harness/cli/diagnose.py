@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from harness.cli.flags_from_settings import COUNT, PATH, json_option
+from harness.cli.flags_from_settings import COUNT, PATH, TEXT, entry_option, json_option
 
 
 @click.command("diagnose")
@@ -17,16 +17,17 @@ from harness.cli.flags_from_settings import COUNT, PATH, json_option
     "--against", type=PATH, metavar="PATH",
     help="What is expected: a run, a sample set, a record file, or a reference point. [default: the protocol]",
 )  # fmt: skip
-@click.option("--protocol", metavar="NAME|FILE.toml", help="Of samples without a run.")
+@click.option("--protocol", type=TEXT, metavar="NAME|FILE.toml", help="Of samples without a run.")
 @click.option("--data", type=PATH, help="The images of the training, if the protocol's data set needs a path.")
 @click.option(
     "--reference", type=PATH, help="The images that samples should be compared with. [default: the protocol's data set]"
 )
-@click.option("--suite", metavar="NAME", help="Suite whose distance is weighed. [default: the protocol's]")
+@click.option("--suite", type=TEXT, metavar="NAME", help="Suite whose distance is weighed. [default: the protocol's]")
 @click.option(
     "--features-weights", "--inception", "weights", type=PATH, metavar="FILE",
     help="Weights of the suite's network, if it needs them.",
 )  # fmt: skip
+@entry_option
 @click.option("--cache", type=PATH, metavar="DIR", help="Folder of features that were computed before.")
 @click.option("--images", type=COUNT, default=1000, show_default=True, help="Images that are drawn again, at most.")
 @json_option
@@ -38,6 +39,7 @@ def command(
     reference: Path | None,
     suite: str | None,
     weights: Path | None,
+    entry: str | None,
     cache: Path | None,
     images: int,
     as_json: bool,
@@ -50,8 +52,8 @@ def command(
     from harness.diagnose.run import diagnose
 
     found = diagnose(
-        path, against, protocol=protocol, data=data, reference=reference, suite=suite, weights=weights, cache=cache,
-        images=images,
+        path, against, protocol=protocol, data=data, reference=reference, suite=suite, weights=weights, entry=entry,
+        cache=cache, images=images,
     )  # fmt: skip
     if as_json:
         click.echo(json.dumps({**dataclasses.asdict(found), "samples": str(found.samples)}, indent=2))

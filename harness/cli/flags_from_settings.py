@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from harness.io.text import read_count, read_path
+from harness.io.text import read_count, read_path, read_text
 from harness.settings import Options, Setting, settings_of
 from harness.settings.plugin_flags import PLUGIN_HELP
 
@@ -30,6 +30,7 @@ class Value(click.ParamType):
 
 
 COUNT = Value("count", read_count)
+TEXT = Value("text", read_text)
 
 
 class _PathType(click.Path):
@@ -62,6 +63,12 @@ def plugin_option(function: Function | None = None, *, expose_value: bool = Fals
     return option if function is None else option(function)
 
 
+entry_option = click.option(
+    "--entry",
+    metavar="NAME",
+    help="Part of a checkpoint to read, such as model or ema.shadow. [default: the only one that fits, a moving average "
+    "before raw weights]",
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 
 

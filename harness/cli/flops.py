@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import json_option, plugin_option
+from harness.cli.flags_from_settings import TEXT, json_option, plugin_option
 from harness.compute import CONVENTION
 from harness.errors import RunError, UserError
 from harness.planning.flops_table import (
@@ -28,7 +28,10 @@ from harness.systems.spec import CLASSIFIER_PASSES, System
 @click.command("flops")
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option(
-    "--protocol", metavar="NAME|FILE.toml", help="Count at the input size of this protocol. [default: the native input]"
+    "--protocol",
+    type=TEXT,
+    metavar="NAME|FILE.toml",
+    help="Count at the input size of this protocol. [default: the native input]",
 )
 @click.option("--breakdown", is_flag=True, help="Also print the flops of each part of the network.")
 @click.option("--check", type=click.Choice(["fvcore"]), help="Also count with another package.")

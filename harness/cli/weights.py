@@ -8,18 +8,12 @@ from typing import Any
 
 import click
 
-from harness.cli.flags_from_settings import PATH, json_option, plugin_option
+from harness.cli.flags_from_settings import PATH, entry_option, json_option, plugin_option
 
 MAX_LISTED = 5  # names of a list that are printed; --json has all
 
 backbone_option = click.option(
     "--backbone", metavar="NAME", help="Backbone of the weights. [default: recognised by names and shapes]"
-)
-entry_option = click.option(
-    "--entry",
-    metavar="NAME",
-    help="Part of a checkpoint to read, such as model or ema.shadow. [default: the only one that fits, a moving average "
-    "before raw weights]",
 )
 out_option = click.option("--out", type=PATH, metavar="PATH", help="Where to write. Nothing is overwritten.")
 

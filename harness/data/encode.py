@@ -38,15 +38,16 @@ JOURNAL = f"chunks{files.PARTIAL}"
 OWN_FILES = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{files.PARTIAL}", f"{META}{files.PARTIAL}"}  # fmt: skip
 
 
-def existing_cache(source: NamedImages, vae: str, out: Path) -> Meta | None:
+def existing_cache(source: NamedImages, vae: str, out: Path, entry: str | None = None) -> Meta | None:
     """The meta.json of `out`, if that folder is the complete cache of `source` by the autoencoder `vae`.
 
-    None: left to `make_cache`, which makes, continues or refuses it. Imports no framework.
+    entry: of the autoencoder's weight file, where it has several. None: left to `make_cache`, which makes, continues or
+    refuses it. Imports no framework.
     """
     if not (out / META).exists() or (out / JOURNAL).exists():
         return None
     meta = latents.read_meta(out)
-    if (meta.images, meta.vae) != (_image_facts(source), read_identity(vae, "--vae DIR")):
+    if (meta.images, meta.vae) != (_image_facts(source), read_identity(vae, "--vae DIR", entry)):
         return None
     try:
         latents.load(out)  # for its errors only: arrays that do not fit meta.json

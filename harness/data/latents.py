@@ -67,7 +67,8 @@ class Meta:
     def identity(self) -> dict[str, Any]:
         """The part of a run's identity that the latents add to that of the images: hashes and numbers, no names."""
         vae = {"vae_sha256": self.vae["weights_sha256"], "vae_config_sha256": self.vae["config_sha256"]}
-        return {**vae, "scale_factor": self.scale, "shift_factor": self.shift, "sha256": self.sha256}
+        entry = {"vae_entry": self.vae["entry"]} if "entry" in self.vae else {}
+        return {**vae, **entry, "scale_factor": self.scale, "shift_factor": self.shift, "sha256": self.sha256}
 
     @property
     def scale(self) -> float:

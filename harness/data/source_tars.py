@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +26,14 @@ def index_tars(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     """
     if len(tars) == 1:
         with readable(tars[0]):
-            members = list(tar_members(tars[0]))
+            members = [each for each in tar_members(tars[0]) if not is_system_member(each[0])]
         inner = [each for each in members if each[0].lower().endswith(".tar")]
-        if inner and len(inner) == len(members):
-            return _class_tars(
-                source, [(Path(name).stem, tars[0], begin, size) for name, begin, size in inner], dataset
-            )
         if inner:
-            raise UserError(f"{tars[0]}: tars and other files side by side; {OFFICIAL} holds only tars")
+            beside = [name for name, *_ in members if not name.lower().endswith(".tar")]
+            if any(name.lower().endswith(SUFFIXES) for name in beside):
+                raise UserError(f"{tars[0]}: tars and images side by side; {OFFICIAL} holds only tars")
+            class_tars = [(Path(name).stem, tars[0], begin, size) for name, begin, size in inner]
+            return _class_tars(source, class_tars, dataset, beside)
     if all(re.fullmatch(imagenet.WORDNET_ID, each.stem) for each in tars):
         return _class_tars(source, [(each.stem, each, 0, None) for each in tars], dataset)
     return _shards(source, tars, dataset)
@@ -63,8 +64,13 @@ class _TarImages:
         return Entry(name=name, path=path, offset=self._begin[i], size=self._size[i])
 
 
-def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str) -> ImageIndex:
-    """The index of `tars`, one for each class: (class, file, byte where the tar begins, its bytes or None: up to the end)."""
+def _class_tars(
+    source: Path, tars: Sequence[tuple[str, Path, int, int | None]], dataset: str, beside: Sequence[str] = ()
+) -> ImageIndex:
+    """The index of `tars`, one for each class: (class, file, byte where the tar begins, its bytes or None: up to the end).
+
+    beside: names of what lies beside the tars and is left out.
+    """
     tars = sorted(tars)
     classes = [name for name, *_ in tars]
     if len(set(classes)) != len(classes):
@@ -74,7 +80,7 @@ def _class_tars(source: Path, tars: list[tuple[str, Path, int, int | None]], dat
     classes, by_name = named_classes(source, classes)
     found = _TarImages()
     labels: list[int] = []
-    others: list[str] = []
+    others: list[str] = [*beside]
     for name, path, begin, size in tars:
         with readable(f"{path}: {name}.tar"):
             for member, offset, length in tar_members(path, begin, size):

@@ -51,6 +51,7 @@ def diagnose(
     reference: Path | None = None,
     suite: str | None = None,
     weights: Path | None = None,
+    entry: str | None = None,
     cache: Path | None = None,
     images: int = IMAGES,
 ) -> Diagnosis:
@@ -61,7 +62,7 @@ def diagnose(
     images: at most so many are drawn again. Nothing is written but the cache. UserError for what cannot be read.
     """
     subject = open_subject(
-        path, protocol=protocol, data=data, reference=reference, suite=suite, weights=weights, cache=cache
+        path, protocol=protocol, data=data, reference=reference, suite=suite, weights=weights, entry=entry, cache=cache
     )
     wanted = expectation(subject, against)
     redrawn = check_sampling(subject, wanted, images)

@@ -249,7 +249,10 @@ def decoder_is_own(subject: Subject) -> bool:
     """Whether the samples were decoded by the autoencoder that made the latents, or are of a run in pixels."""
     identity = (subject.sidecar or {}).get("identity") or {}
     decoder, latents = identity.get("decoder"), (subject.run.identity.get("latents") if subject.run else None)
-    return decoder is None or latents is None or decoder.get("weights_sha256") == latents.get("vae_sha256")
+    if decoder is None or latents is None:
+        return True
+    own = (latents.get("vae_sha256"), latents.get("vae_entry"))
+    return (decoder.get("weights_sha256"), decoder.get("entry")) == own
 
 
 def _scaled(subject: Subject, distance: Distance, count: int) -> Distance:

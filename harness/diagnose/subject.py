@@ -92,7 +92,8 @@ class Subject:
     @functools.cached_property
     def extractor(self) -> FeatureExtractor:
         """The suite's feature network."""
-        return self.config.suite.features.load(self.config.device, weights=self.config.weights)
+        config = self.config
+        return config.suite.features.load(config.device, weights=config.weights, entry=config.entry)
 
     @property
     def losses(self) -> list[float]:
@@ -171,6 +172,7 @@ def open_subject(
     reference: Path | None = None,
     suite: str | None = None,
     weights: Path | None = None,
+    entry: str | None = None,
     cache: Path | None = None,
 ) -> Subject:
     """The subject at `path`, a run or a sample set. Options as of `harness evaluate`.
@@ -195,7 +197,7 @@ def open_subject(
     else:
         whole = load_data(loaded, data) if training is None else training
         references = whole.reference(loaded.reference_images)  # as `harness evaluate` compares with
-    config = make_config(get_suite(suite or loaded.suite), weights, "torch", None)
+    config = make_config(get_suite(suite or loaded.suite), weights, "torch", None, entry=entry)
     return Subject(
         path=samples, images=source.array(), labels=source.labels, protocol=loaded, run=run,
         sidecar=find_sidecar(samples), fields=fields, records=_records_of(samples, run, fields), training=training,

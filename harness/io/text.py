@@ -157,9 +157,11 @@ def check_plain(path: Path, what: str, longest: int | None = None) -> None:
 
 
 def read_text(value: object) -> str:
-    """Text as it is."""
+    """Text as it is. An empty one is no value: it would be taken for a setting that is not given."""
     if not isinstance(value, str):
         raise ValueError(f"{value!r} is not text")
+    if not value:  # a variable of the shell that is not set
+        raise ValueError("the text is empty; name one, or leave the setting out")
     return value
 
 

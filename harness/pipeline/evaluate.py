@@ -109,7 +109,9 @@ def evaluate(options: EvaluateOptions) -> EvaluateResult:
     if options.reference is None:
         images = whole.reference(protocol.reference_images)
     suite = get_suite(options.suite or protocol.suite)
-    config = make_config(suite, options.features_weights, options.backend, options.reference, options.device)
+    config = make_config(
+        suite, options.features_weights, options.backend, options.reference, options.device, options.entry
+    )
     config = dataclasses.replace(config, reference=source, allow=options.allow, picture=options.neighbours)
     expected = run.identity["dataset_sha256"] if run is not None else training_sha256(path)
     # Samples of unknown training are compared with the protocol's data set, unless another reference is given.

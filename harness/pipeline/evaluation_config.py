@@ -12,7 +12,7 @@ import numpy as np
 
 from evaluators.features import INCEPTION_BACKENDS
 from harness.data.images import ImageSet
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.images.npz import holds_statistics_alone, open_npz_file
 from harness.images.open import open_images
 from harness.images.source import ImageSource
@@ -31,8 +31,8 @@ INCEPTION_FILE = "classify_image_graph_def.pb of ADM's evaluator, 95,673,916 byt
 class EvaluationConfig:
     """A suite and everything that it needs.
 
-    weights: file of the network's weights, if the user gives it. statistics: file of the reference, if its mu and sigma
-    are used. device: for the features, in the notation of their framework. reference: the reference as an image source,
+    weights: file of the network's weights, if the user gives it. entry: of that file, where several fit. statistics: file
+    of the reference, if its mu and sigma are used. device: for the features, in the notation of their framework. reference: the reference as an image source,
     for the guards. allow: guards that only warn. picture: file for the picture of the samples nearest to training
     images. training: images that copies are sought in; None: the reference images are the training images. sharding: how
     processes share the extraction; only the main one returns records.
@@ -40,6 +40,7 @@ class EvaluationConfig:
 
     suite: Suite
     weights: Path | None = None
+    entry: str | None = None
     statistics: Path | None = None
     device: str = "cpu"
     reference: ImageSource | None = None
@@ -69,7 +70,9 @@ class Evaluator:
     images: ImageSet | None
 
 
-def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | None) -> Evaluator | None:
+def make_evaluator(
+    protocol: Protocol, reference: Path | None, weights: Path | None, entry: str | None = None
+) -> Evaluator | None:
     """The evaluator of a run's samples; None if its suite's network takes a weight file and no file at all is given.
 
     A reference without weights goes to `make_config`, which refuses it if the suite's network is Inception. Raises
@@ -82,7 +85,9 @@ def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | N
         return None
     if weights is not None and not weights.exists():
         raise UserError(f"{suite.features.weights_option or '--inception'} {weights}: no such file")
-    config = make_config(suite, weights, "torch", reference)
+    config = make_config(suite, weights, "torch", reference, entry=entry)
+    if weights is not None:  # for its errors only: the network is needed after the training, which takes long
+        config.suite.features.load("cpu", weights=weights, entry=entry)
     if reference is None:
         return Evaluator(config=config, images=None)
     source = open_reference(reference)
@@ -90,12 +95,13 @@ def make_evaluator(protocol: Protocol, reference: Path | None, weights: Path | N
 
 
 def make_config(
-    suite: Suite, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu"
-) -> EvaluationConfig:
+    suite: Suite, weights: Path | None, backend: str, reference: Path | None, device: str = "cpu",
+    entry: str | None = None,
+) -> EvaluationConfig:  # fmt: skip
     """The configuration of a suite on a backend: "torch", "jax" or "tensorflow".
 
-    weights: file of the network's weights. reference: path of the reference images; mu and sigma are used if the file has
-    them and the suite allows it. Raises `UserError` if Inception's weights are not given, or if weights are given to a
+    weights: file of the network's weights. entry: of that file. reference: path of the reference images; mu and sigma are
+    used if the file has them and the suite allows it. Raises `UserError` if Inception's weights are not given, or if weights are given to a
     suite that takes none.
     """
     from evaluators.reference_file import read_about
@@ -104,6 +110,8 @@ def make_config(
     flag = suite.features.weights_option
     if weights is not None and not flag:
         raise UserError(f"suite {suite.name!r} includes the weights of its network; leave out {weights}")
+    if entry is not None and not flag:
+        raise UserError(f"suite {suite.name!r} includes the weights of its network; leave out --entry {shown(entry)}")
     # Without a file, the other networks that take one look for it in torch.hub's cache; Inception's is nowhere else.
     if weights is None and flag == inception_torch.weights_option:
         raise UserError(
@@ -125,7 +133,7 @@ def make_config(
         statistics = None
     if reference is not None and holds_statistics_alone(reference):
         suite = _without_images(suite, reference, used=statistics is not None)
-    return EvaluationConfig(suite=suite, weights=weights, statistics=statistics, device=device)
+    return EvaluationConfig(suite=suite, weights=weights, entry=entry, statistics=statistics, device=device)
 
 
 def _without_images(suite: Suite, reference: Path, used: bool) -> Suite:

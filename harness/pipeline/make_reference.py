@@ -65,6 +65,7 @@ def make_reference(
     suite: Suite,
     *,
     weights: Path | None = None,
+    entry: str | None = None,
     images: int | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -72,8 +73,8 @@ def make_reference(
 ) -> ReferenceResult:
     """Write the reference of `source` for `suite` to `out`, unless it exists already.
 
-    weights: of the suite's network, if it needs a file. images: number of images that are kept for precision and recall;
-    None: all. seed: for choosing these. cache: folder where features and statistics are stored under hashes of the
+    weights: of the suite's network, if it needs a file. entry: of that file, where several fit. images: number of
+    images that are kept for precision and recall; None: all. seed: for choosing these. cache: folder where features and statistics are stored under hashes of the
     images and the network. UserError: fewer than MINIMUM_IMAGES images, more images than there are, or another file at
     `out`.
     """
@@ -91,7 +92,7 @@ def make_reference(
     if out.exists() and existing is None:
         raise UserError(f"{out} exists and is no reference of `harness data reference`; give another --out")
     with files.claimed(out), Stages() as progress:
-        extractor = suite.features.load(device, weights=weights)
+        extractor = suite.features.load(device, weights=weights, entry=entry)
         kept = _choose_kept(source, count, kept_count, seed, progress)
         images_sha256 = source.sha256()  # known since `_choose_kept` has read all images
         choice_seed = None if kept_count == count else seed  # None: nothing was chosen

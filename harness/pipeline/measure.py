@@ -147,7 +147,7 @@ def _measure(
     from evaluators.suites import evaluate_samples
 
     with Stages({"metrics": "metrics"}) as progress:
-        extractor = suite.features.load(config.device, weights=config.weights)
+        extractor = suite.features.load(config.device, weights=config.weights, entry=config.entry)
         if config.statistics is not None:
             check_network(config.statistics, extractor)
         if len(data):
@@ -222,7 +222,7 @@ def _compute_shard(source: ImageSource, data: ImageSet, cache: Path | None, conf
     from evaluators.reference import cached_features, compute_shard, images_sha256
 
     assert config.sharding is not None
-    extractor = config.suite.features.load(config.device, weights=config.weights)
+    extractor = config.suite.features.load(config.device, weights=config.weights, entry=config.entry)
     if len(data) and cached_features(data.images, images_sha256(data.images), extractor, cache) is None:
         compute_shard(data.images, extractor, config.sharding)
     compute_shard(source.array(), extractor, config.sharding)
@@ -281,7 +281,8 @@ def evaluate_and_record(
     sha256 = samples_sha256(path) if source is None or path.is_file() else source.sha256()
     about = read_fields(path, sha256, name)
     # Which weights or statistics a file of the user holds is known only after reading it; a picture is always drawn.
-    must_measure = config.weights is not None or config.statistics is not None or config.picture is not None
+    of_files = (config.weights, config.entry, config.statistics, config.picture)
+    must_measure = any(each is not None for each in of_files)
     existing = None
     if not must_measure:
         reference = images_sha256(data.images)

@@ -68,9 +68,13 @@ def sample(options: SampleOptions) -> SampleResult:
 
 def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
     """Sample the run in `folder`; one samples.npz for each number of sampler steps, or the pictures of --classes."""
-    for name in ("weights", "entry", "framework", "device", "out"):
+    for name in ("weights", "framework", "device", "out"):
         if getattr(options, name):
             raise UserError(f"--{name} belongs to --system; a run has its own")
+    if others := [part for part in options.entry if part != "decoder"]:
+        raise UserError(
+            f"--entry {shown(others[0])}: the weights of a run are its own; --entry decoder=NAME is of --decoder"
+        )
     run = open_run(folder)
     step = options.step or max(run.ema_checkpoint_steps(), default=0)  # 0: there is none
     if not step:
@@ -88,7 +92,7 @@ def _sample_run(options: SampleOptions, folder: Path) -> list[Path]:
     check_guidance_interval(request)
     group = join_processes(run.framework)
     step = group.broadcast(step)  # while the run is trained, other processes may find a newer one
-    decoder = decoder_of(run, options.decoder)
+    decoder = decoder_of(run, options.decoder, entry=options.entry.get("decoder"))
     if options.classes is not None:
         with group.locked(folder):
             return [
@@ -225,15 +229,19 @@ def torch_device(run: Run | RunSession, device: str | None = None) -> str:
     return get_backend("torch").resolve_device(device).platform
 
 
-def decoder_of(run: Run | RunSession, name: str | None, device: str | None = None) -> Decoder | None:
+def decoder_of(
+    run: Run | RunSession, name: str | None, device: str | None = None, entry: str | None = None
+) -> Decoder | None:
     """The decoder of a run's samples; None if the run is in pixels.
 
     run: a `RunSession` if the run may not exist yet. name: of the decoder; None: the autoencoder that made the latents,
-    loaded from the path that it had then. device: the value of --device, used only if the run does not exist yet. Raises
-    `UserError` if that autoencoder is gone or its weights have changed, and for a decoder that takes other latents or
-    makes other images.
+    loaded from the path that it had then. device: the value of --device, used only if the run does not exist yet. entry: of
+    the weight file of the decoder `name`, where several fit. Raises `UserError` if that autoencoder is gone or its weights have
+    changed, and for a decoder that takes other latents or makes other images.
     """
     protocol = run.protocol
+    if entry is not None and name is None:
+        raise UserError(f"--entry decoder={shown(entry)} is of --decoder: name its folder or file")
     if protocol.space != "latents":
         if name is not None:
             raise UserError(f"--decoder belongs to runs in latents, and {run.folder} is in pixels; leave it out")
@@ -241,7 +249,8 @@ def decoder_of(run: Run | RunSession, name: str | None, device: str | None = Non
     flag, latents = "--decoder DIR", run.identity["latents"]
     vae_path = run.source_paths.get("vae", "")
     try:
-        decoder = load_autoencoder(name or vae_path, device=torch_device(run, device), flag=flag)
+        own_entry = latents.get("vae_entry") if name is None else entry
+        decoder = load_autoencoder(name or vae_path, device=torch_device(run, device), flag=flag, entry=own_entry)
     except UserError as error:
         if name is not None:
             raise

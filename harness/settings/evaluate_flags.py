@@ -42,6 +42,10 @@ class EvaluateOptions(Options):
         "Weights of the suite's network; for suite adm: classify_image_graph_def.pb, or its torch port.", read_path,
         metavar="FILE", flags=("--features-weights", "--inception"), type_name="path",
     )  # fmt: skip
+    entry: str | None = setting(
+        "Entry of these weights, where several fit, such as model or ema.shadow.", read_text, metavar="NAME",
+        default_text="a moving average before raw weights",
+    )  # fmt: skip
     backend: str = setting(
         "Framework of ADM's Inception network.", read_text, "torch", choices=EVALUATOR_BACKENDS, show_default=True
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import read_count, read_counts, read_path, read_switch, read_text
+from harness.io.text import read_count, read_counts, read_pairs, read_path, read_switch, read_text
 from harness.settings.sampling_flags import SamplingSettings
 from harness.settings.setting import setting
 from harness.settings.train_flags import TrainOptions
@@ -27,6 +27,11 @@ class RunOptions(SamplingSettings, TrainOptions):
     features_weights: Path | None = setting(
         "Weights of the suite's network, if it needs them.", read_path, metavar="FILE", study="features_weights",
         flags=("--features-weights", "--inception"), type_name="path",
+    )  # fmt: skip
+    entry: dict[str, str] = setting(
+        "Entry of the weight file of the decoder or the features, where several fit (repeatable).",
+        read_pairs("PART=NAME", "features=ema"), {}, metavar="PART=NAME", repeat=True, study="entry",
+        default_text="a moving average before raw weights", type_name="part=name",
     )  # fmt: skip
     cache: Path | None = cache_setting()
     evaluate_at: tuple[int, ...] | None = setting(

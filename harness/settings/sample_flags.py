@@ -27,8 +27,8 @@ class _SampleSource(PluginFiles):
     )  # fmt: skip
 
     entry: dict[str, str] = setting(
-        "Entry of a part's checkpoint, where several fit (repeatable).", read_pairs("PART=NAME", "base=ema"), {},
-        metavar="PART=NAME", repeat=True, default_text="a moving average before raw weights", type_name="part=name",
+        "Entry of a part's checkpoint, or of --decoder's (decoder=NAME), where several fit (repeatable).",
+        read_pairs("PART=NAME", "base=ema"), {}, metavar="PART=NAME", repeat=True, default_text="a moving average before raw weights", type_name="part=name",
     )  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def _complete(run: Run, request: Request, options: RunOptions, milestone: int, s
         expected = sample_request(
             run, milestone, request.sampling, steps, request.samples, gflops_image=request.estimated_gflops_image(steps),
             precision=options.sampling_precision, batch=options.sampling_batch,
-            decoder=None if options.decoder is None else _decoder_identity(options.decoder),
+            decoder=None if options.decoder is None else _decoder_identity(options.decoder, options.entry.get("decoder")),
         )  # fmt: skip
         path = run.folder / "samples" / expected.name(run) / "samples.npz"
         if not (path.exists() and sidecar_path(path).exists()):
@@ -144,9 +144,9 @@ def _complete(run: Run, request: Request, options: RunOptions, milestone: int, s
 
 
 @functools.cache
-def _decoder_identity(name: str) -> dict[str, Any]:
+def _decoder_identity(name: str, entry: str | None) -> dict[str, Any]:
     """Identity of the decoder that a study names. Cached, because the large files of its weights are hashed."""
-    return read_identity(name, "decoder")
+    return read_identity(name, "decoder", entry)
 
 
 def _steps_done(run: Run | None, limit: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -182,6 +182,20 @@ def open_weights(path: Path, *, entry: str | None = None, markings: Iterable[Mar
         config=_read_config(path),
         imported=_read_import(opened.metadata),
     )
+
+
+def unusual_entry(entry: str | None, open_entry: Callable[[str | None], WeightFile]) -> str:
+    """The name of the entry of a file that was asked for; "" where it is the one that is read without asking.
+
+    It belongs beside the file's hash in an identity. open_entry: opens the file at an entry, as `open_weights` does.
+    """
+    if entry is None:
+        return ""
+    asked = open_entry(entry).entry
+    try:
+        return "" if open_entry(None).entry == asked else asked
+    except UserError:  # several fit
+        return asked
 
 
 def _wrapping(entry: Entry) -> str:

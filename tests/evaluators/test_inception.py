@@ -129,6 +129,22 @@ def test_graph_and_port_hold_the_same_weights(made_inception):
     assert not graph.known and "unknown weights" in graph.found and "compare with no published" in port.found
 
 
+def test_a_port_is_read_from_the_entry_of_a_checkpoint(made_inception, tmp_path):
+    port = torch.load(made_inception.port)
+    other = {**port, "fc.weight": port["fc.weight"] * 2}
+    whole = read_weights(made_inception.port)
+    path = tmp_path / "port.pth"
+    for content in ({"model": other, "ema": {"module": port}}, {f"module.{name}": each for name, each in port.items()}):
+        torch.save(content, path)
+        assert read_weights(path).sha256 == whole.sha256
+    torch.save({"one": port, "two": other}, path)
+    with pytest.raises(UserError, match=r"several entries .*: one, two; choose one with --entry NAME"):
+        read_weights(path)
+    assert read_weights(path, "one").sha256 == whole.sha256 != read_weights(path, "two").sha256
+    with pytest.raises(UserError, match="a frozen graph has no entries: leave out --entry 'one'"):
+        read_weights(made_inception.graph, "one")
+
+
 def test_values_of_the_map_are_not_copied(made_inception):
     layer = read_weights(made_inception.graph).layers["mixed_10/tower_1/conv_1"]
     assert not layer.kernel.flags.owndata and not layer.kernel.flags.writeable

@@ -6,6 +6,7 @@ with a width of 32, a depth of 2 and the weights of `filled`, on the images of `
 number of parameters is compared with theirs.
 """
 
+import hashlib
 import re
 import zlib
 from dataclasses import replace
@@ -334,6 +335,45 @@ def test_a_hub_name_is_looked_up_in_the_cache_first(tmp_path, monkeypatch):
         UserError, match=r"was not fetched from the hub \(the disk is full\); name --features-weights FILE"
     ):
         vit_weights.find_weights("x", shape, "facebook/dinov2-large")
+
+
+# --- entries of checkpoints
+
+
+def torch_state(layout, factor=1.0):
+    return {name: torch.from_numpy(value * np.float32(factor)) for name, value in filled(layout).items()}
+
+
+@pytest.mark.parametrize("layout", REST)
+def test_of_two_networks_in_a_file_the_entry_is_named(layout, files, tmp_path):
+    path, expected = tmp_path / "two.pt", files[layout].net.state_dict()
+    torch.save({"student": torch_state(layout), "teacher": torch_state(layout, 0.5)}, path)
+    with pytest.raises(UserError, match=r"several entries .*: student, teacher; choose one with --entry NAME"):
+        vit_weights.read_state(path, expected, "x")
+    with pytest.raises(UserError, match="has no entry 'stranger'; it has student, teacher"):
+        vit_weights.read_state(path, expected, "x", "stranger")
+    student, teacher = (vit_weights.read_state(path, expected, "x", entry) for entry in ("student", "teacher"))
+    for name, tensor in teacher.state.items():
+        torch.testing.assert_close(tensor, student.state[name] * 0.5, rtol=0, atol=0)
+    assert student.sha256 != teacher.sha256, "the cache of features and records tell networks apart by the hash"
+
+
+@pytest.mark.parametrize("layout", REST)
+def test_a_network_is_found_beside_others_and_under_prefixes(layout, files, tmp_path):
+    expected, state, path = files[layout].net.state_dict(), torch_state(layout), tmp_path / "w.pt"
+    head = {f"head.{n}.weight": torch.zeros(3, 3) for n in range(300)}  # more tensors than the network has
+    for content in (
+        {"teacher": {f"backbone.{name}": tensor for name, tensor in state.items()} | head, "step": 3},
+        {f"module.model.{name}": tensor for name, tensor in state.items()},
+        {"model": state, "dino_head": head},
+    ):
+        torch.save(content, path)
+        read = vit_weights.read_state(path, expected, "x")
+        assert read.sha256 == hashlib.sha256(path.read_bytes()).hexdigest(), (
+            "the entry that is read without asking has the file's hash"
+        )
+        for name, tensor in files[layout].net.state_dict().items():
+            torch.testing.assert_close(read.state[name], tensor, rtol=0, atol=0)
 
 
 def test_specs_fit_their_shapes():

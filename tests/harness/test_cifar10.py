@@ -12,6 +12,7 @@ from harness import registry
 from harness.cli import group
 from harness.data import cifar10, public_files
 from harness.data.cache_dir import downloads
+from harness.data.load import load_data
 from harness.errors import UserError
 from harness.planning.plan import missing
 from harness.planning.request import make_request
@@ -110,6 +111,9 @@ def test_the_protocol_finds_what_was_fetched(tmp_path, files):
     assert len(registry.datasets.get("cifar-10").load()) == 5 * N
     (public,) = public_files.DATASETS["cifar-10"].files
     assert (public.file, public.size) == (cifar10.ARCHIVE, 170_052_171)
+    assert public.md5 == "c32a1d4ab5d03f1284b67883e8d87530"  # https://www.cs.toronto.edu/~kriz/cifar.html
+    data = load_data(request.protocol, None)
+    assert len(data.reference(request.protocol.reference_images)) == 5 * N  # its own training images are the reference
 
 
 def test_another_file_of_that_name_is_not_taken_for_it(files):

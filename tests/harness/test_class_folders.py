@@ -122,6 +122,16 @@ def test_empty_classes_that_a_source_names(tmp_path):
         open_index(tar(tmp_path / "b.tar", inner), "mine")
 
 
+def test_other_members_of_a_tar_of_class_tars(tmp_path):
+    inner = {f"{name}.tar": tar(tmp_path / "i", {"a.jpg": PICTURE}).read_bytes() for name in ("bird", "cat")}
+    system = {"._cat.tar": b"x", "__MACOSX/._bird.tar": b"x"}
+    index = open_index(tar(tmp_path / "a.tar", {"README.txt": b"x", **inner, **system}), "mine")
+    assert index.classes == ("bird", "cat") and index.labels.tolist() == [0, 1]
+    assert index.notes == ("1 members that are not images were left out (first: README.txt)",)
+    with pytest.raises(UserError, match="tars and images side by side"):
+        open_index(tar(tmp_path / "b.tar", {**inner, "z.jpg": PICTURE}), "mine")
+
+
 def test_stray_files_and_other_splits_are_named(tmp_path):
     images = {"bird": {"a.jpg": PICTURE}, "cat": {"a.jpg": PICTURE, "a.HEIC": b"x"}}
     index = open_index(tree(tmp_path / "a", {**images, "labels.csv": b"x", "z.jpg": PICTURE}), "mine")

@@ -14,6 +14,7 @@ import torch
 
 from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
 from harness.autoencoders import load as load_module
+from harness.autoencoders.files import read_identity
 from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, resolve
 from harness.errors import RunError, UserError
 
@@ -195,6 +196,39 @@ def test_the_layout_of_latent_diffusion(folder, monkeypatch):
     assert decoder.name == "ldm-f8" and decoder.source == str(file)
     assert "not used: 2" in decoder.notes[1] and "assumed" in decoder.notes[2]
     assert torch.equal(decoder.decode(latents()), expected)
+
+
+def with_prefix(prefix, tensors):
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+NETWORK = {f"unet.{n}.weight": torch.zeros(2, 2) for n in range(300)}  # more tensors than the autoencoder has
+PLACES = {  # what the file holds -> (autoencoder, its average), whether it is the average that is read, and the entry
+    "a prefix": (lambda v, a: with_prefix("vae.", v), False, "vae"),
+    "a module beside its loss": (
+        lambda v, a: {"state_dict": {**with_prefix("autoencoder.", v), "loss.disc.weight": torch.zeros(3)}},
+        False,
+        "state_dict.autoencoder",
+    ),
+    "beside a larger network": (lambda v, a: {"vae": v, "unet": NETWORK}, False, "vae"),
+    "names beside a larger network": (lambda v, a: {**with_prefix("vae.", v), **NETWORK}, False, "vae"),
+    "both beside a larger network": (lambda v, a: {"vae": v, "vae_ema": a, "unet": NETWORK}, True, "vae_ema"),
+    "both under prefixes": (lambda v, a: {**with_prefix("vae.", v), **with_prefix("ema_vae.", a)}, True, "ema_vae"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_an_autoencoder_is_found_beside_others_and_under_prefixes(place, folder):
+    make, is_average, entry = PLACES[place]
+    raw = small_kl().state_dict()
+    average = {name: value * 0.5 for name, value in raw.items()}
+    as_bin(folder, make(raw, average))
+    for asked in (None, entry):
+        decoder = load_autoencoder(str(folder), entry=asked)
+        expected, found = (average if is_average else raw), decoder.net.state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert any(repr(entry) in note for note in decoder.notes)
+        assert "entry" not in decoder.identity and read_identity(str(folder), "--decoder", asked) == decoder.identity
 
 
 @pytest.fixture(params=["model.ckpt", "legacy.ckpt", "model.safetensors"])

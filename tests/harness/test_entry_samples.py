@@ -90,7 +90,7 @@ def test_an_entry_belongs_to_a_part_with_a_file(weights, tmp_path):
     )[1]  # fmt: skip
     assert "has no entry 'x'" in sample(tmp_path, tmp_path / "raw.pt", "--entry", "base=x")[1]
     words = ["sample", "--run", str(tmp_path), "--entry", "base=x"]
-    assert "--entry belongs to --system" in str(CliRunner().invoke(group, words).exception)
+    assert "--entry 'base': the weights of a run are its own" in str(CliRunner().invoke(group, words).exception)
 
 
 def test_a_system_states_the_spacing_of_its_times(weights, tmp_path):

@@ -15,13 +15,14 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+import harness as package
 from harness.cli import group, tables
 from harness.cli.streams import ERRORS, print_anything
 from harness.data.digits import load
 from harness.data.prepare import prepare
 from harness.data.sources import open_index
 from harness.errors import UserError
-from harness.io.text import read_path, read_paths
+from harness.io.text import read_path, read_paths, read_text
 from harness.pipeline.sidecar import read_fields
 from harness.protocols import get_protocol
 from harness.runs.samples import find_sidecar, write_samples
@@ -120,6 +121,29 @@ def test_an_empty_path_is_refused():
     ):
         done = harness(*words)
         assert done.exit_code == 2 and "the path is empty" in done.output, words
+
+
+def test_an_empty_text_is_not_taken_for_the_default():
+    """As of a variable of the shell that is not set: the samples would be judged by another protocol or suite."""
+    with pytest.raises(ValueError, match="the text is empty"):
+        read_text("")
+    for words in (
+        ("evaluate", "s.npz", "--protocol", ""),
+        ("evaluate", "s.npz", "--suite", ""),
+        ("plan", "--backbone", "dit-xs-2", "--protocol", ""),
+        ("sample", "--run", "r", "--decoder", ""),
+        ("diagnose", "r", "--suite", ""),
+        ("diagnose", "r", "--protocol", ""),
+        ("flops", "--protocol", ""),
+        ("check", "dit-xs-2", "--protocol", ""),
+        ("data", "latents", "s.npz", "--vae", "", "--out", "o"),
+        ("data", "latents", "", "--vae", "ft-ema", "--out", "o"),
+        ("data", "reference", "s.npz", "--suite", "", "--out", "r.npz"),
+    ):
+        done = harness(*words)
+        assert done.exit_code == 2 and "is empty" in done.output, (words, done.output, done.exception)
+    with pytest.raises(UserError, match="--protocol: the text is empty"):
+        package.plan(backbone="dit-xs-2", protocol="")
 
 
 def test_a_data_set_is_prepared_through_a_link_and_not_over_the_working_folder(tmp_path, monkeypatch, samples):
@@ -255,6 +279,14 @@ def test_stdout_on_a_full_device_and_a_reader_that_has_gone():
     done = main_process(ARROWS, stdout=write)
     os.close(write)
     assert done.returncode == 1 and done.stderr == b""
+
+
+def test_a_working_folder_that_is_gone_is_one_line(tmp_path):
+    gone = str(_made(tmp_path / "gone"))
+    code = f"import os; os.chdir({gone!r}); os.rmdir({gone!r}); sys.argv = ['harness', 'evaluate', 's.npz']"
+    done = main_process(code)
+    assert done.returncode == 2
+    assert done.stderr.decode() == "harness: the working folder no longer exists; change to one that does\n"
 
 
 def test_characters_that_an_encoding_lacks():
