@@ -215,13 +215,13 @@ def from_dict(data: dict[str, Any], where: str) -> Protocol:
     recipe_data = data.pop("recipe", {})
     if isinstance(recipe_data, dict) and isinstance(recipe_data.get("objective"), str):
         recipe_data = _with_preset(recipe_data)
-    recipe = _fill(Recipe, recipe_data, f"{where}: [recipe]")
+    recipe = fill(Recipe, recipe_data, f"{where}: [recipe]")
     sampling_data = data.pop("sampling", {})
-    # Anything else is passed on unchanged, and `_fill` refuses it.
+    # Anything else is passed on unchanged, and `fill` refuses it.
     if isinstance(sampling_data, dict) and isinstance(sampling_data.get("steps"), list):
         sampling_data = {**sampling_data, "steps": tuple(sampling_data["steps"])}
-    sampling = _fill(Sampling, sampling_data, f"{where}: [sampling]")
-    return _fill(Protocol, {**data, "recipe": recipe, "sampling": sampling}, where)
+    sampling = fill(Sampling, sampling_data, f"{where}: [sampling]")
+    return fill(Protocol, {**data, "recipe": recipe, "sampling": sampling}, where)
 
 
 def protocol_of_files(dataset: str, shape: tuple[int, int, int], num_classes: int, suite: str) -> Protocol:
@@ -324,7 +324,7 @@ def _check_finite(item: Recipe | Sampling | Protocol, what: str) -> None:
             raise UserError(f"{what}: {each.name} = {shown(value)} is out of range; at most {MAX_INT}")
 
 
-def _fill(cls: type, data: Any, where: str) -> Any:
+def fill(cls: type, data: Any, where: str) -> Any:
     """An instance of the dataclass `cls` from a table of a file; `where` names the table in messages.
 
     Raises `UserError`, which names the item, if one is unknown, is missing or has another type.

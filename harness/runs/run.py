@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from harness.diffusion.auxiliary import AuxiliaryCompute, read_auxiliary
-from harness.errors import UserError
+from harness.errors import UserError, shown
 from harness.io import files
 from harness.plugins.code import Code
-from harness.protocols import Protocol, Recipe, from_dict
+from harness.protocols import Protocol, Recipe, fill, from_dict
 from harness.registry import auxiliary_losses, backbones, features, objectives
 from harness.spec import BackboneSpec
 
@@ -238,14 +238,17 @@ def open_run(folder: Path) -> Run:
         protocol = from_dict(data["protocol"], str(path))
         # The recipe of an identity has no steps. `recipe_identity` makes the identity the same, whether or not the file
         # states the default of an item that was added later.
-        recipe = Recipe(**{"steps": protocol.recipe.steps, **data["identity"]["recipe"]})
-        resolved = Resolved(**data["resolved"])
+        items = {"steps": protocol.recipe.steps, **data["identity"]["recipe"]}
+        recipe = fill(Recipe, items, f"{path}: [identity.recipe]")
+        resolved = fill(Resolved, data["resolved"], f"{path}: [resolved]")
+        if not isinstance(data["environment"], dict):
+            raise TypeError(f"environment = {shown(data['environment'])}")
         auxiliary = data.get("auxiliary")
         return Run(
             folder=folder, identity={**data["identity"], "recipe": recipe_identity(recipe)}, resolved=resolved, environment=data["environment"],
             protocol=protocol, recipe=recipe, source_paths=dict(data.get("places", {})),
             fork=dict(data.get("fork", {})), plugin_files=tuple(data.get("plugin_files", ())),
-            auxiliary=None if auxiliary is None else AuxiliaryCompute(**auxiliary),
+            auxiliary=None if auxiliary is None else fill(AuxiliaryCompute, auxiliary, f"{path}: [auxiliary]"),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error

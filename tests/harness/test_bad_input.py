@@ -316,6 +316,21 @@ def test_broken_run_file(text, harness, run):
     assert contents(run) == before
 
 
+@pytest.mark.parametrize(
+    ("part", "item", "value"),
+    [
+        ("resolved", "mesh", 1.5), ("resolved", "threads", "2"), ("resolved", "precision", None), ("resolved", "strange", 1),
+        ("identity", "recipe", {"batch": "many"}), ("protocol", "samples", [1]), ("environment", None, [1]),
+    ],
+)  # fmt: skip
+def test_items_of_a_run_file_that_are_of_another_type(part, item, value, harness, run):
+    path = run / "run.json"
+    data = json.loads(path.read_text())
+    data[part] = value if item is None else {**data[part], item: value}
+    path.write_text(json.dumps(data))
+    assert not refused(harness("sample", "--run", run, "--samples", 4), path)
+
+
 def test_second_process_in_the_same_run(harness, run):
     before = contents(run)
     with lock_folder(run):
