@@ -65,7 +65,7 @@ class _TarImages:
 
 
 def _class_tars(
-    source: Path, tars: list[tuple[str, Path, int, int | None]], dataset: str, beside: Sequence[str] = ()
+    source: Path, tars: Sequence[tuple[str, Path, int, int | None]], dataset: str, beside: Sequence[str] = ()
 ) -> ImageIndex:
     """The index of `tars`, one for each class: (class, file, byte where the tar begins, its bytes or None: up to the end).
 
