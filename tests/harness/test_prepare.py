@@ -315,7 +315,7 @@ NOT_SOURCES = {
     "words": (lambda path: tar(path / "x.tar", [("a.jpg", PICTURE), ("a.cls", b"cat")]), "one whole number"),
     "twice": (lambda path: tar(path / "x.tar", [("a.jpg", b"1"), ("a.jpg", b"2"), ("a.cls", b"1")]), "twice"),
     "two": (lambda path: tar(path / "x.tar", [("a.jpg", b"1"), ("a.png", b"2"), ("a.cls", b"1")]), "label both"),
-    "mixed": (lambda path: tar(path / "x.tar", [("a.tar", b""), ("a.jpg", b"2")]), "tars and other files"),
+    "mixed": (lambda path: tar(path / "x.tar", [("a.tar", b""), ("a.jpg", b"2")]), "tars and images side by side"),
     "cut": (lambda path: _cut(tar(path / "x.tar", [("a.jpg", PICTURE), ("a.cls", b"1")])), "cut off"),
     "cut within": (lambda path: tar(path / "x.tar", [("n01440764.tar", PICTURE)]), "n01440764.tar cannot be read"),
     "no parquet": (lambda path: _file(path / "x.parquet", b"PAR1xxxx"), "cannot be read"),
