@@ -20,6 +20,7 @@ from harness.randomness import threefry_numpy as reference
 from harness.randomness.threefry_numpy import PARITY, ROTATIONS, Purpose
 
 CHUNK = 1 << 15  # blocks at a time on a CPU: three uint32 buffers of 128 KiB fit in the second-level cache
+STEPS_NUMBERS = 1 << 20  # normal numbers that an accelerator draws at once for several steps: 4 MiB
 CPU = torch.device("cpu")
 
 
@@ -30,8 +31,10 @@ def threefry2x32(
     counter1: torch.Tensor,  # int32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The 20-round block function. Returns two int32 tensors (bit patterns) of the broadcast shape."""
-    wide = _rounds(counter0 + key0, counter1 + key1, _injections(key0, key1))
-    return _low_words(wide[0]), _low_words(wide[1])
+    starts = torch.stack(torch.broadcast_tensors(counter0 + key0, counter1 + key1))
+    injections = torch.stack(torch.broadcast_tensors(*_injections(key0, key1))).unflatten(0, (5, 2))
+    x0, x1 = _low_words(_rounds(starts.to(torch.int64).bitwise_and_(0xFFFFFFFF), injections))
+    return x0, x1
 
 
 def _injections(key0: Any, key1: Any) -> list[Any]:
@@ -40,29 +43,23 @@ def _injections(key0: Any, key1: Any) -> list[Any]:
     return [each for group in range(5) for each in (keys[(group + 1) % 3], keys[(group + 2) % 3] + (group + 1))]
 
 
-def _rounds(
-    start0: torch.Tensor,  # int32 bit pattern of word 0, any shape
-    start1: torch.Tensor,  # int32 of word 1, broadcasts with start0
-    injections: Sequence[torch.Tensor],  # of `_injections`, int32 each, broadcast with the words
-) -> torch.Tensor:
-    """The 20 rounds. Returns the two words as int64 (2, *broadcast shape) from 0 to 2**32 - 1.
+def _rounds(wide: torch.Tensor, injections: torch.Tensor) -> torch.Tensor:
+    """The 20 rounds on words int64 (2, N, ...) from 0 to 2**32 - 1, in place.
+
+    injections: of `_injections`, int32 (5, 2, N, ...), broadcasts with the words.
 
     Four kernels a round: launching them is what takes the time on a GPU. A word lies in the lower half of 64 bits, so that
     a shift to the left keeps the bits that a rotation brings back at the low end.
     """
-    shape = torch.broadcast_shapes(start0.shape, start1.shape)
-    wide = torch.zeros((2, *shape), dtype=torch.int64, device=start0.device)
-    x0, x1 = _low_words(wide[0]), _low_words(wide[1])
-    x0.copy_(start0.expand(shape))
-    x1.copy_(start1.expand(shape))
+    words = _low_words(wide)
+    x0, x1 = words
     for group in range(5):
         for rotation in ROTATIONS[group % 2]:
             x0.add_(x1)
             shifted = (wide[1] << rotation).view(torch.int32).unflatten(-1, (-1, 2))  # (..., 2): low and high half
             torch.bitwise_xor(shifted[..., 0], shifted[..., 1], out=x1)
             x1.bitwise_xor_(x0)
-        x0.add_(injections[2 * group])
-        x1.add_(injections[2 * group + 1])
+        words.add_(injections[group])
     return wide
 
 
@@ -139,12 +136,14 @@ def integers(
 class StepNormals:
     """`normal` of N samples at many steps that have one upper word: keys are derived, and copied to the device, once.
 
+    On an accelerator, small draws are made for several steps at once, in as many kernels as for one.
     first_step: the first of these steps.
     """
 
     def __init__(self, seed: int, purpose: Purpose, index: torch.Tensor, first_step: int, device: torch.device):
         self._where, self._first_step = (seed, purpose, index), first_step
         self._words: torch.Tensor | None = None
+        self._steps, self._drawn = range(0), torch.empty(0)  # (S, N, count), of these steps from the first one on
         if not _uses_numpy(device):
             self._words = to_device(key_words(seed, purpose, index, first_step), device)
 
@@ -153,8 +152,11 @@ class StepNormals:
         if self._words is None:
             return normal(*self._where, step, shape)
         assert step >> 32 == self._first_step >> 32, (step, self._first_step)
-        drawn = _normal_of_words(self._words, math.prod(shape), step - self._first_step)
-        return drawn.reshape(len(drawn), *shape)
+        samples, count, step = self._words.shape[1], math.prod(shape), step - self._first_step
+        if step not in self._steps or self._drawn.shape[2] != count:
+            self._steps = range(step, step + max(1, STEPS_NUMBERS // max(1, samples * count)))
+            self._drawn = _normal_of_words(self._words, count, self._steps).unflatten(0, (len(self._steps), samples))
+        return self._drawn[self._steps.index(step)].reshape(samples, *shape)
 
 
 class JointNormals:
@@ -211,9 +213,9 @@ def _words(
     return _first_elements(words, count)
 
 
-def _normal_of_words(words: torch.Tensor, count: int, steps_on: int = 0) -> torch.Tensor:
-    """float32 (N, count) by the words (12, N, 1) of `key_words` on a device, `steps_on` steps after the words' step."""
-    u1, u2 = (_all_blocks(words, count, steps_on) >> 8).to(torch.float32).mul_(2.0**-24)  # (N, B) each, in [0, 1)
+def _normal_of_words(words: torch.Tensor, count: int, steps: range = range(1)) -> torch.Tensor:
+    """float32 (S N, count) by the words (12, N, 1) of `key_words` on a device; `steps` as of `_all_blocks`."""
+    u1, u2 = (_all_blocks(words, count, steps) >> 8).to(torch.float32).mul_(2.0**-24)  # (N, B) each, in [0, 1)
     pairs = torch.polar(_radius(u1), u2.mul_(2 * math.pi))  # torch rounds the scalar to float32 first
     return _first_elements(torch.view_as_real(pairs), count)
 
@@ -260,11 +262,19 @@ def _blocks(
             yield rows, slice(left, left + width), x0, x1  # a slice may end beyond its axis
 
 
-def _all_blocks(words: torch.Tensor, count: int, steps_on: int = 0) -> torch.Tensor:
-    """The two words of the first B = ceil(count / 2) blocks of N samples: int64 (2, N, B), from their `key_words`."""
-    start0, start1, *injections = words  # (N, 1) each
-    block = torch.arange((count + 1) // 2, dtype=torch.int32, device=words.device)  # (B,)
-    return _rounds(start0 + block, start1 + steps_on if steps_on else start1, injections)
+def _all_blocks(words: torch.Tensor, count: int, steps: range = range(1)) -> torch.Tensor:
+    """The two words of the first B = ceil(count / 2) blocks of S N samples: int64 (2, S N, B), from their `key_words`.
+
+    steps: counted from the step of the key words; their number is S, and the samples of one step are adjacent.
+    """
+    samples, pairs, device = words.shape[1], (count + 1) // 2, words.device
+    wide = torch.zeros((2, len(steps), samples, pairs), dtype=torch.int64, device=device)
+    start = _low_words(wide)
+    start.copy_(words[:2, None])
+    start[0].add_(torch.arange(pairs, dtype=torch.int32, device=device))
+    if steps != range(1):
+        start[1].add_(torch.arange(steps.start, steps.stop, dtype=torch.int32, device=device)[:, None, None])
+    return _rounds(wide, words[2:].unflatten(0, (5, 2, 1))).flatten(1, 2)
 
 
 def _uses_numpy(device: torch.device) -> bool:

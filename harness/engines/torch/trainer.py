@@ -78,7 +78,7 @@ class TorchEngine:
             compile_network(self.net)
         self._parallel = parallel.DataParallelModel(self.net, mesh)
         self._needs_warmup = self._parallel.needs_warmup
-        self._queues_losses = queues_copies(self.device)
+        self._queues_copies = queues_copies(self.device)
         trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         self._names, self._weights = list(trained), list(trained.values())
         # By part of a checkpoint; each in the order of _weights.
@@ -109,7 +109,8 @@ class TorchEngine:
             self.loss_terms[self._auxiliary.wanted.name] = self._auxiliary.weight
         self._losses: list[HostCopy] = []  # (terms,) each, of the steps since the last pop_losses
         self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
-        self._batches = ReadAhead(self._host_batch)
+        # On a CPU a thread would take its time from the step's own.
+        self._ahead = ReadAhead(self._host_batch) if self._queues_copies else None
 
     @process_group.translate_dist_errors()
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
@@ -146,7 +147,7 @@ class TorchEngine:
             for part, share in ema.update_weights(recipe, step).items():
                 torch._foreach_lerp_(list(map(local_shard, self._averages[part])), weights, share)
         # Where copies are queued, the sum over processes is, too: one that is made later would wait for later steps.
-        self._losses.append(HostCopy(self._parallel.sum(terms_total) if self._queues_losses else terms_total))
+        self._losses.append(HostCopy(self._parallel.sum(terms_total) if self._queues_copies else terms_total))
         return True
 
     def _micro_batches(self, step: int) -> list[range]:
@@ -179,7 +180,7 @@ class TorchEngine:
 
         Both are sums over its images divided by the global batch, so that those of all micro-batches, in all processes,
         add up to the means of the batch. positions: of its n images in the stream of examples. following: those of the
-        micro-batch after it, which is read meanwhile; None: it is not known.
+        micro-batch after it, which is read meanwhile on a GPU; None: it is not known.
         """
         x0, draws = self._batch(positions, following)  # (n, C, H, W)
         # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
@@ -205,7 +206,10 @@ class TorchEngine:
 
         x0 is in [-1, 1] for pixels. Arguments as of `_accumulate`.
         """
-        packed, draws = self._batches.take(positions, following)
+        if self._ahead is None:
+            packed, draws = self._host_batch(positions)
+        else:
+            packed, draws = self._ahead.take(positions, following)
         stored, *tensors = packed.to_device()
         draws = draws.with_tensors(*tensors)
         x0 = self._to_model_input(
@@ -214,7 +218,7 @@ class TorchEngine:
         return x0.contiguous(), draws
 
     def _host_batch(self, positions: range) -> HostBatch:
-        """The examples at `positions` in the stream. Called in another thread: it uses no device and no other state."""
+        """The examples at `positions` in the stream. For `ReadAhead`, in another thread: it uses no device and no other state."""
         rows = np.array(positions)
         stored, labels = self._stream.take(rows)
         draws = self._loss.draws(torch.from_numpy(labels), torch.from_numpy(rows))
@@ -223,12 +227,12 @@ class TorchEngine:
     @process_group.translate_dist_errors()
     def pop_losses(self, wait: bool = True) -> list[tuple[float, ...]]:
         # The newest step may not be finished on the device, and those before it are, or will be while it is computed.
-        count = len(self._losses) - (self._queues_losses and not wait)
+        count = len(self._losses) - (self._queues_copies and not wait)
         if count <= 0:
             return []
         losses, self._losses = self._losses[:count], self._losses[count:]
         values = torch.stack([each.wait() for each in losses])
-        rows = (values if self._queues_losses else self._parallel.sum(values)).tolist()
+        rows = (values if self._queues_copies else self._parallel.sum(values)).tolist()
         return [tuple(row) for row in rows]
 
     @process_group.translate_dist_errors()
