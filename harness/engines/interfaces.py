@@ -45,8 +45,11 @@ class Engine(Protocol):
         and the result is False.
         """
 
-    def pop_losses(self) -> list[tuple[float, ...]]:
-        """The values of the loss terms since the last call: a tuple for each step, in the order of `loss_terms`."""
+    def pop_losses(self, wait: bool = True) -> list[tuple[float, ...]]:
+        """The values of the loss terms since the last call: a tuple for each step, in the order of `loss_terms`.
+
+        wait: for all of them. If not, the newest step may be left for the next call, so that the device need not run idle.
+        """
 
     def finite(self) -> bool:
         """Whether every weight is finite."""

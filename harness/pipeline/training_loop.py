@@ -204,21 +204,25 @@ class CheckpointManager:
         else:
             log_due = time.monotonic() - self._logged_at > LOG_SECONDS
         if log_due:
-            self.log_losses()
+            self.log_losses(wait=False)
 
-    def log_losses(self) -> None:
-        """Move the losses from the device to the log and the loggers. Raises RunError for one that is not finite."""
+    def log_losses(self, wait: bool = True) -> None:
+        """Move the losses from the device to the log and the loggers. Raises RunError for one that is not finite.
+
+        wait: for those of all steps; if not, the newest may be left for the next time, see `Engine.pop_losses`.
+        """
+        loss_terms, rows = self.engine.loss_terms, self.engine.pop_losses(wait)
         previous, self._logged_at = self._logged_at, time.monotonic()
-        steps_per_second = (self.done - self.logged) / max(self._logged_at - previous, 1e-9)
-        loss_terms = self.engine.loss_terms
-        for values in self.engine.pop_losses():
+        steps_per_second = len(rows) / max(self._logged_at - previous, 1e-9)
+        last = self.logged + len(rows)
+        for values in rows:
             step, row = self.logged + 1, dict(zip(loss_terms, values, strict=True))
             if not all(map(math.isfinite, values)):
                 text = ", ".join(f"{name} {value}" for name, value in row.items())
                 self._fail(f"the loss is not finite at step {step} ({text})")
             self.log.write(json.dumps({"step": step, **row}) + "\n")
             # The speed is the mean over these steps, so it is written once, with the last of them.
-            self.loggers.write(step, row, steps_per_second if step == self.done else None)
+            self.loggers.write(step, row, steps_per_second if step == last else None)
             self.logged = step
             self.loss = sum(weight * row[name] for name, weight in loss_terms.items())
         with files.explained(self.run.log):

@@ -156,10 +156,11 @@ def _blocks(
 
 
 def _sample_keys(
-    seed: int, purpose: Purpose, index: ArrayLike, step: ArrayLike
+    seed: int, purpose: Purpose | np.ndarray, index: ArrayLike, step: ArrayLike
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Word 0 and word 1 of the sample keys, and the low word of step: uint32 (N, 1) each.
 
+    purpose: one for all samples, or uint32 (N,).
     The high word of step is in the sample key; the low word is left for the counter (key schedule in the file's head).
     """
     step = np.asarray(_checked_step(step) if isinstance(step, int) else step)

@@ -10,6 +10,7 @@ from harness import registry
 from harness.cli import group
 from harness.engines.torch import bench, resolve, roofline
 from harness.errors import UserError
+from harness.frameworks import torch_transfer
 
 CPU = torch.device("cpu")
 
@@ -184,7 +185,7 @@ def test_a_gpu_is_given_pinned_memory_and_not_waited_for():
             calls.append((device.type, non_blocking))
             return self
 
-    resolve.to_device(Host(), torch.device("cuda"))
+    torch_transfer.to_device(Host(), torch.device("cuda"))
     assert calls == ["pinned", ("cuda", True)]
     held = torch.ones(3)
-    assert resolve.to_device(held, CPU) is held
+    assert torch_transfer.to_device(held, CPU) is held

@@ -50,6 +50,10 @@ def make_task(kind, low=2, null_label="num_classes", **recipe):
     return LossFunction(spec(kind, null_label), arguments, recipe=Recipe(**recipe), seed=SEED, device=CPU)
 
 
+def losses(task, net, x0, y, positions):
+    return task.losses(net, x0, task.draws(y, positions))
+
+
 class Recorder:
     """A function of its inputs that keeps them."""
 
@@ -82,7 +86,7 @@ def noised(x0, positions=POSITIONS):
 def test_an_upsampler_learns_to_denoise_given_the_averaged_image(low):
     x0, y = images()
     net = Recorder("upsampler")
-    terms = make_task("upsampler", low, null_label=None).losses(net, x0, y, POSITIONS)
+    terms = losses(make_task("upsampler", low, null_label=None), net, x0, y, POSITIONS)
     t, noise, xt = noised(x0)
     area = x0.numpy().astype(np.float64).reshape(24, 3, low, 8 // low, low, 8 // low).mean(axis=(3, 5))
     ((seen_x, seen_t, seen_y, seen_low),) = net.calls
@@ -103,13 +107,13 @@ def test_conditioning_noise():
     x0, y = images(512, side=4)
     positions = torch.arange(5000, 5512)
     plain, noisy, other = (Recorder("upsampler") for _ in range(3))
-    make_task("upsampler").losses(plain, x0, y, positions)
+    losses(make_task("upsampler"), plain, x0, y, positions)
     task = make_task("upsampler", conditioning_noise=0.2)
-    whole = task.losses(noisy, x0, y, positions)
+    whole = losses(task, noisy, x0, y, positions)
     parts = []
     for rows in torch.arange(512).split(37):  # another task, other micro-batches: the same numbers
         again = make_task("upsampler", conditioning_noise=0.2)
-        parts.append(again.losses(other, x0[rows], y[rows], positions[rows]))
+        parts.append(losses(again, other, x0[rows], y[rows], positions[rows]))
     for at in range(4):
         assert torch.equal(noisy.column(at), other.column(at))
     for name, values in whole.items():
@@ -122,14 +126,14 @@ def test_conditioning_noise():
     assert stats.kstest(level, "uniform", args=(0, 0.2)).pvalue > 1e-3
     assert abs(np.corrcoef(level, noisy.column(1).numpy())[0, 1]) < 4 / np.sqrt(512)  # of t
     shifted = Recorder("upsampler")
-    task.losses(shifted, x0, y, positions + 1)
+    losses(task, shifted, x0, y, positions + 1)
     assert not np.isclose(shifted.column(3)[0], noisy.column(3)[0]).any()
 
 
 def test_a_classifier_learns_the_label_of_the_noised_image():
     x0, y = images()
     net = Recorder("classifier")
-    terms = make_task("classifier", label_dropout=0.9).losses(net, x0, y, POSITIONS)
+    terms = losses(make_task("classifier", label_dropout=0.9), net, x0, y, POSITIONS)
     t, _, xt = noised(x0)
     ((seen_x, seen_t),) = net.calls  # no label goes in
     np.testing.assert_allclose(seen_x, xt, atol=3e-6)
@@ -147,11 +151,11 @@ def test_a_classifier_learns_the_label_of_the_noised_image():
 def test_labels_are_dropped_where_there_is_a_null_label(kind):
     x0, y = images()
     net, without = Recorder(kind), Recorder(kind)
-    make_task(kind, label_dropout=0.5).losses(net, x0, y, POSITIONS)
+    losses(make_task(kind, label_dropout=0.5), net, x0, y, POSITIONS)
     dropped = randomness.uniform(SEED, Purpose.LABEL_DROPOUT, POSITIONS.numpy(), 0) < 0.5
     assert 4 < dropped.sum() < 20
     assert net.column(2).tolist() == np.where(dropped, 10, y).tolist()
-    make_task(kind, null_label=None, label_dropout=0.5).losses(without, x0, y, POSITIONS)
+    losses(make_task(kind, null_label=None, label_dropout=0.5), without, x0, y, POSITIONS)
     assert torch.equal(without.column(2), y)
 
 
@@ -191,7 +195,7 @@ def test_micro_batches_add_up(name):
             seed=SEED, resolved=resolved, data=stored,
         )  # fmt: skip
         net.zero_grad()
-        totals = sum(engine._accumulate(chunk) for chunk in torch.arange(24).split(size))
+        totals = sum(engine._accumulate(range(start, start + size)) for start in range(0, 24, size))
         found.append((totals, [each.grad.double().clone() for each in net.parameters()]))
     (terms, whole), (terms_split, split) = found
     assert engine.loss_terms == LOSS_TERMS[backbones.get(name).kind] and torch.isfinite(terms).all() and terms[0] > 0.1

@@ -139,6 +139,23 @@ def test_sample_does_not_know_its_batch(torch_engine, step, monkeypatch):
     assert torch.equal(shorter, whole.reshape(64, -1)[:, :7])  # a shorter draw is a prefix
 
 
+def test_draws_for_several_steps_and_purposes_are_those_of_one(torch_engine, monkeypatch):
+    monkeypatch.setattr(threefry_torch, "STEPS_NUMBERS", 100)
+    index, device = torch.arange(5) + 2**33, torch.device("cpu")
+    for first in (0, 3 << 32):
+        for shape in ((2, 3), (3, 3), (50,)):  # three steps at once, two, one
+            noise = torch_engine.StepNormals(SEED, Purpose.STEP_NOISE, index, first, device)
+            for step in (first, first + 1, first + 2, first + 7, first + 8, first + 3):
+                assert torch.equal(
+                    noise(step, shape), torch_engine.normal(SEED, Purpose.STEP_NOISE, index, step, shape)
+                )
+    purposes = (Purpose.POSTERIOR, Purpose.TRAINING_NOISE, Purpose.CONDITIONING_NOISE)
+    for asked in (purposes, purposes[1:], purposes[::-1]):
+        joint = torch_engine.JointNormals(SEED, purposes, index, device)
+        for purpose, shape in zip(asked, ((2, 3), (2, 3), (5,)), strict=False):
+            assert torch.equal(joint(purpose, shape), torch_engine.normal(SEED, purpose, index, 0, shape))
+
+
 def test_step_may_be_one_number_or_one_for_each_sample():
     index = np.arange(6)
     for step in (3, 2**40 + 1):

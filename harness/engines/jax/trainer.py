@@ -219,7 +219,7 @@ class JaxEngine:
             key=devices.to_device(key, devices.replicated(self._mesh)),
         )
 
-    def pop_losses(self) -> list[tuple[float, ...]]:
+    def pop_losses(self, wait: bool = True) -> list[tuple[float, ...]]:
         losses, self._losses = self._losses, []
         with errors_in_one_line("training", LESS_MEMORY):
             return [tuple(map(float, np.asarray(terms))) for terms in losses]

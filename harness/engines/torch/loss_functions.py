@@ -8,7 +8,7 @@ classifier_train.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,24 @@ from harness.randomness import threefry_torch as random
 from harness.spec import BackboneSpec
 
 
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch: the small ones as they are, noise on images by its keys."""
+
+    t: Tensor  # (N,)
+    y: Tensor  # int64 (N,): labels, of which some may be the null label
+    level: Tensor  # float32 (N,) in [0, 1): of the noise on an upsampler's input; (0,): there is none
+    normal: random.JointNormals  # noise on images
+
+    def tensors(self) -> list[Tensor]:
+        """What goes to the device, for `with_tensors`."""
+        return [self.t, self.y, self.level, self.normal.words]
+
+    def with_tensors(self, t: Tensor, y: Tensor, level: Tensor, words: Tensor) -> Draws:
+        """The same random numbers, with `tensors` on a device."""
+        self.normal.use(words)
+        return Draws(t, y, level, self.normal)
+
+
 class LossFunction:
     """The loss of one backbone under one recipe. Random numbers depend only on the seed and an example's position."""
 
@@ -30,45 +48,54 @@ class LossFunction:
         self, spec: BackboneSpec, arguments: Mapping[str, Any], *, recipe: Recipe, seed: int, device: torch.device
     ):
         self.loss_terms = loss_terms_of(spec)
+        self._device = device
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
         self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe), device)
 
-    def losses(self, net: Callable[..., Tensor], x0: Tensor, y: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def draws(self, y: Tensor, positions: Tensor) -> Draws:
+        """The random numbers of the examples at `positions`, int64 (N,), with labels `y`, int64 (N,); all on the CPU."""
+        recipe, seed = self._recipe, self._seed
+        level = torch.empty(0)
+        if self._kind == "upsampler" and recipe.conditioning_noise:
+            level = random.uniform(seed, Purpose.CONDITIONING_LEVEL, positions, 0)
+        if self._kind != "classifier" and self._null_label is not None and recipe.label_dropout:
+            dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
+            y = torch.where(dropped, self._null_label, y)
+        purposes = [Purpose.POSTERIOR, Purpose.TRAINING_NOISE, *([Purpose.CONDITIONING_NOISE] if len(level) else [])]
+        return Draws(
+            self._loss.times(seed, positions), y, level, random.JointNormals(seed, purposes, positions, self._device)
+        )
+
+    def losses(self, net: Callable[..., Tensor], x0: Tensor, draws: Draws) -> dict[str, Tensor]:
         """The loss terms by name, float32 (N,) each; the names are those of `loss_terms`.
 
         net: called as networks of this kind are (`harness.spec.KINDS`); it sets its own autocast, and everything else is
-        float32. x0: images float32 (N, C, H, W) in [-1, 1], or latents. y: labels int64 (N,). positions: int64 (N,) in the
-        stream of examples.
+        float32. x0: images float32 (N, C, H, W) in [-1, 1], or latents. draws: of the method, on the device of x0.
         """
-        recipe, seed = self._recipe, self._seed
-        t = self._loss.times(seed, positions)  # (N,)
-        noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, tuple(x0.shape[1:]))  # (N, C, H, W)
+        t, y, level, normal = draws
+        noise = normal(Purpose.TRAINING_NOISE, tuple(x0.shape[1:]))  # (N, C, H, W)
         xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,)
         if self._kind == "classifier":
             logits = net(xt, network_t).float()  # (N, num_classes)
             cross_entropy = F.cross_entropy(logits, y, reduction="none")  # (N,)
             return {"cross_entropy": cross_entropy, "accuracy": (logits.argmax(dim=1) == y).float()}
-        if self._null_label is not None and recipe.label_dropout:
-            dropped = random.uniform(seed, Purpose.LABEL_DROPOUT, positions, 0) < recipe.label_dropout
-            y = torch.where(dropped, self._null_label, y)
         if self._kind == "upsampler":
-            output = net(xt, network_t, y, self._low_resolution(x0, positions))
+            output = net(xt, network_t, y, self._low_resolution(x0, level, normal))
         else:
             output = net(xt, network_t, y)
         mse, vb = self._loss.terms(output, x0, t, noise)
         return {"mse": mse, "vb": vb}
 
-    def _low_resolution(self, x0: Tensor, positions: Tensor) -> Tensor:
+    def _low_resolution(self, x0: Tensor, level: Tensor, normal: random.JointNormals) -> Tensor:
         """x0 (N, C, H, W) averaged over areas to (N, C, s, s), plus Gaussian noise of a random level for each image.
 
         The level is uniform from 0 to the recipe's conditioning_noise. This is the conditioning augmentation of Ho et al.,
         "Cascaded Diffusion Models" (arXiv:2106.15282), sec. 4.2, in its simplest form: the level is no input of the network.
         """
         low = F.adaptive_avg_pool2d(x0, self._low_res_size)  # (N, C, s, s)
-        if self._recipe.conditioning_noise:
-            level = random.uniform(self._seed, Purpose.CONDITIONING_LEVEL, positions, 0)  # (N,) in [0, 1)
-            noise = random.normal(self._seed, Purpose.CONDITIONING_NOISE, positions, 0, tuple(low.shape[1:]))
+        if len(level):
+            noise = normal(Purpose.CONDITIONING_NOISE, tuple(low.shape[1:]))
             low = low + self._recipe.conditioning_noise * level[:, None, None, None] * noise
         return low

@@ -160,9 +160,11 @@ class DataParallelModel:
         """
         return self._ddp is not None
 
-    def local_part(self, positions: torch.Tensor) -> torch.Tensor:
-        """This process's part (N / size,) of the positions (N,) of a global batch."""
-        return positions.tensor_split(self.size)[self._index]
+    def local_part(self, positions: range) -> range:
+        """This process's part, N / size positions, of the N of a global batch."""
+        share = len(positions) // self.size
+        assert share * self.size == len(positions)  # or `local_batch` had raised
+        return positions[self._index * share :][:share]
 
     def micro_batch_context(self, last: bool) -> AbstractContextManager[None]:
         """Context for the passes of one micro-batch. last: whether it is the last of the global batch.

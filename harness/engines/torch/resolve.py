@@ -167,13 +167,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`. A GPU copies it from pinned memory, without waiting for the work before it."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
-
-
 def check_precision(device: torch.device, precision: str) -> None:
     """Raise UserError for "tf32" on a device without TF32, where torch would silently compute in float32."""
     if precision != "tf32":

@@ -19,6 +19,7 @@ from harness.engines.guidance import (
     divergence_error,
     guided_channels,
 )
+from harness.frameworks.torch_transfer import HostCopy
 
 # (x (N, C, H, W), t (N,), plan row) -> (N, C or 2 C, H, W)
 Predict = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -27,7 +28,7 @@ Guide = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (x (N, C, H, W),
 ImageGuidance = Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
 # (conditional, unconditional, scale, sigma, torch) -> guided, as in `harness.diffusion.guidance_rules.GuidanceRule`
 Combine = Callable[[torch.Tensor, torch.Tensor | None, float, float, ModuleType], torch.Tensor]
-CHECK_EVERY_ROWS = 50  # whether x is finite: a check waits for the accelerator
+CHECK_EVERY_ROWS = 50  # whether x is finite
 
 
 @torch.inference_mode()
@@ -48,7 +49,8 @@ def sample_loop(
     clamped before that and not after.
 
     Everything but the network is float32. Raises UserError where the network's channels do not fit the plan, and RunError
-    with the row where x is infinite or NaN (checked every 50 rows and at the end).
+    with the row where x is infinite or NaN (checked every 50 rows and at the end). The result of a check is looked at one
+    row later, except at the end, so that a GPU has work while the host waits for it.
     """
     table = plan.table
     x = x.float()
@@ -56,6 +58,7 @@ def sample_loop(
         x = table.initial_noise * x
     channels = x.shape[1]
     base: torch.Tensor | None = None  # until a row makes one
+    check: tuple[int, HostCopy] | None = None  # (rows done, whether x was finite then), not yet looked at
     images: list[torch.Tensor] = []  # predicted by the last rows, newest first: (N, C, H, W) each
     for k in range(plan.evaluations):
         x0, out, t = _predicted(predict, plan, x, k)
@@ -90,9 +93,15 @@ def sample_loop(
             if table.noise_to_base[k]:
                 assert base is not None
                 base = base + float(table.noise_to_base[k]) * n
-        done = k + 1
-        if (done % CHECK_EVERY_ROWS == 0 or done == plan.evaluations) and not torch.isfinite(x).all():
-            raise divergence_error(plan, done)
+        done, checks = k + 1, [check] if check is not None else []
+        check = None
+        if done % CHECK_EVERY_ROWS == 0 or done == plan.evaluations:
+            check = done, HostCopy(torch.isfinite(x).all())
+            if done == plan.evaluations:
+                checks.append(check)
+        for row, finite in checks:
+            if not finite.wait():
+                raise divergence_error(plan, row)
         if progress is not None:
             progress(done, plan.evaluations)
     return x

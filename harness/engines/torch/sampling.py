@@ -28,6 +28,7 @@ from harness.engines.torch.sampler import (
     sample_loop,
 )
 from harness.errors import RunError, UserError
+from harness.frameworks.torch_transfer import to_device
 from harness.protocols import UINT8_RULES, Sampling
 from harness.randomness import Purpose
 from harness.randomness import threefry_torch as random
@@ -152,7 +153,7 @@ class TorchStage:
     def draw(
         self,
         seed: int,
-        index: torch.Tensor,  # int64 (N,): sample indices
+        index: torch.Tensor,  # int64 (N,), on the CPU: sample indices
         y: torch.Tensor,  # int64 (N,): labels
         low_res: torch.Tensor | None,  # float32 (N, C, s, s): the input of an upsampler
         advance: Callable[[], None],  # called after each step of the plan
@@ -162,16 +163,21 @@ class TorchStage:
         """Images, or latents of a latent-space network: float32 (N, C, H, W)."""
         set_arithmetic(self._device, self._precision)
         if low_res is not None and self._conditioning_noise:
-            noise = random.normal(seed, Purpose.CONDITIONING_NOISE, index, self._stage_number, tuple(low_res.shape[1:]))
+            where = (seed, Purpose.CONDITIONING_NOISE, index, self._stage_number)
+            noise = random.normal(*where, tuple(low_res.shape[1:]), self._device)
             low_res = low_res + self._conditioning_noise * noise  # (N, C, s, s)
 
+        # The steps of different stages of a cascade never coincide.
+        first = self._stage_number << STAGE_BITS
+        purpose = Purpose.UPSAMPLER_NOISE if first else Purpose.STEP_NOISE
+        step_noise = random.StepNormals(seed, purpose, index, first, self._device)
+        initial_noise = step_noise
+        if not first:
+            initial_noise = random.StepNormals(seed, Purpose.INITIAL_NOISE, index, 0, self._device)
+
         def noise_of(k: int) -> torch.Tensor:
-            """The noise (N, C, H, W) of plan step k; k = -1: the initial noise x_T."""
-            if self._stage_number:  # an upsampler; the steps of different stages never coincide
-                step = (self._stage_number << STAGE_BITS) + 1 + k
-                return random.normal(seed, Purpose.UPSAMPLER_NOISE, index, step, self._shape)
-            purpose = Purpose.INITIAL_NOISE if k < 0 else Purpose.STEP_NOISE
-            return random.normal(seed, purpose, index, max(k, 0), self._shape)  # (N, C, H, W)
+            """The noise (N, C, H, W) of plan step k."""
+            return step_noise(first + 1 + k if first else k, self._shape)
 
         def call(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
             """The network's output float32, computed in one or several calls."""
@@ -191,7 +197,7 @@ class TorchStage:
         return sample_loop(
             predict,
             self._plan,
-            x=noise_of(-1),
+            x=initial_noise(first, self._shape),
             noise=noise_of,
             progress=lambda *_: advance(),
             guide=None if self._classifier is None else classifier_guide(logits, y, self._classifier_scale),
@@ -280,7 +286,7 @@ class TorchOdeStage:
             return net(x, t, 0)[:count]
 
         progress = adaptive.Progress(advance)
-        x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape)  # (N, C, H, W)
+        x = random.normal(seed, Purpose.INITIAL_NOISE, index, 0, self._shape, self._device)  # (N, C, H, W)
         x, self.counts = solve(predict, self._plan, self._segments, x, progress.reach)
         progress.reach(1.0)
         return x
@@ -311,15 +317,15 @@ class TorchGenerator:
     ) -> torch.Tensor:
         """Images float32 (N, 3, H, W) from z = truncation x a standard normal cut off at -2 and 2 (BigGAN, sec. 3.1).
 
-        index: sample indices int64 (N,). y: labels int64 (N,). low_res: None, because a generator is the only network of
+        index: sample indices int64 (N,), on the CPU. y: labels int64 (N,). low_res: None, because a generator is the only network of
         its system. rows: empty, because a generator predicts no images on the way.
         """
         assert low_res is None and not rows
         set_arithmetic(self._device, self._precision)
-        u = random.uniform(seed, Purpose.INITIAL_NOISE, index, 0, (self._latent_size,)).double()  # (N, Z)
+        u = random.uniform(seed, Purpose.INITIAL_NOISE, index, 0, (self._latent_size,), self._device)  # (N, Z)
         # The inverse of the normal distribution function, at u scaled to the interval between the two tails.
         tail = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))  # the probability below -2
-        z = torch.special.ndtri(tail + u * (1 - 2 * tail)).clamp(-2, 2) * self._truncation  # (N, Z)
+        z = torch.special.ndtri(tail + u.double() * (1 - 2 * tail)).clamp(-2, 2) * self._truncation  # (N, Z)
         with autocast(self._device, self._precision):
             images = self._net(z.float(), y, truncation=self._truncation).float()  # (N, 3, H, W)
         advance()
@@ -411,8 +417,7 @@ class TorchChain:
         batch = len(index)  # without the images that fill up the batch, which are cut off again below
         if self._fill is not None and batch < self._fill:
             index, labels = (np.pad(each, (0, self._fill - batch), mode="edge") for each in (index, labels))
-        device_index = torch.from_numpy(index).to(self._device)
-        y = torch.from_numpy(labels).to(self._device)
+        y = to_device(torch.from_numpy(labels), self._device)
         x: torch.Tensor | None = None
         predicted: list[np.ndarray] = []
         first = 0  # row of the chain that is row 0 of the stage
@@ -420,9 +425,9 @@ class TorchChain:
             low_res = None
             if x is not None:
                 pixels = torch.from_numpy(to_uint8(x, self._rule)).permute(0, 3, 1, 2)
-                low_res = pixels.to(self._device, torch.float32) / 127.5 - 1  # (N, C, s, s)
+                low_res = to_device(pixels, self._device).float() / 127.5 - 1  # (N, C, s, s)
             x = stage.draw(
-                self._seed, device_index, y, low_res, advance, [row - first for row in rows if row >= first],
+                self._seed, torch.from_numpy(index), y, low_res, advance, [row - first for row in rows if row >= first],
                 lambda x0: predicted.append(self._to_images(x0[:count])),
             )  # (N, C, H, W)  # fmt: skip
             first += stage.rows

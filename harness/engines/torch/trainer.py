@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
+from harness.data.read_ahead import ReadAhead
 from harness.diffusion.auxiliary import read_auxiliary
 from harness.distributed.mesh import MeshShape
 from harness.engines import ema
@@ -21,13 +22,13 @@ from harness.engines.learning_rate import learning_rate
 from harness.engines.torch import parallel, process_group
 from harness.engines.torch.auxiliary import AuxiliaryHeads
 from harness.engines.torch.compiling import compile_network
-from harness.engines.torch.loss_functions import LossFunction
+from harness.engines.torch.loss_functions import Draws, LossFunction
 from harness.engines.torch.parallel import full_tensor, local_shard, shard_slice
-from harness.engines.torch.resolve import apply_resolved, autocast, set_arithmetic, to_device
+from harness.engines.torch.resolve import apply_resolved, autocast, set_arithmetic
 from harness.errors import UserError
+from harness.frameworks.torch_transfer import HostCopy, Packed, queues_copies
 from harness.protocols import Recipe
 from harness.randomness import Purpose, bits
-from harness.randomness import threefry_torch as random
 from harness.runs import checkpoints
 from harness.runs.run import Resolved
 from harness.spec import BackboneSpec
@@ -45,6 +46,13 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(high << 31 | low >> 1)  # the upper 63 of 64 random bits
         return spec.build("torch", **arguments)
+
+
+class HostBatch(NamedTuple):
+    """A micro-batch on the host, with everything that its step draws."""
+
+    packed: Packed  # what is stored of the examples (n, ...), and the tensors of `draws`
+    draws: Draws
 
 
 class TorchEngine:
@@ -70,6 +78,7 @@ class TorchEngine:
             compile_network(self.net)
         self._parallel = parallel.DataParallelModel(self.net, mesh)
         self._needs_warmup = self._parallel.needs_warmup
+        self._queues_copies = queues_copies(self.device)
         trained = {name: weight for name, weight in self.net.named_parameters() if weight.requires_grad}
         self._names, self._weights = list(trained), list(trained.values())
         # By part of a checkpoint; each in the order of _weights.
@@ -98,29 +107,30 @@ class TorchEngine:
         self.loss_terms = dict(self._loss.loss_terms)
         if self._auxiliary is not None:
             self.loss_terms[self._auxiliary.wanted.name] = self._auxiliary.weight
-        self._losses: list[Tensor] = []  # (terms,) each, of the steps since the last pop_losses
+        self._losses: list[HostCopy] = []  # (terms,) each, of the steps since the last pop_losses
         self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
+        # On a CPU a thread would take its time from the step's own.
+        self._ahead = ReadAhead(self._host_batch) if self._queues_copies else None
 
     @process_group.translate_dist_errors()
     def step(self, step: int, interrupted: Callable[[], bool]) -> bool:
         """Do optimiser step `step` (from 1) on its global batch, in micro-batches. False: interrupted, nothing changed."""
         recipe = self.recipe
-        positions = (step - 1) * recipe.batch + torch.arange(recipe.batch)  # in the stream of examples
         # This process's share of the loss terms; `pop_losses` sums over processes.
         terms_total = torch.zeros(len(self.loss_terms), dtype=torch.float64, device=self.device)
         buffers = [buffer.clone() for buffer in self.net.buffers()]
-        chunks = self._parallel.local_part(positions).split(self.resolved.micro_batch)
+        chunks, (following, *_) = self._micro_batches(step), self._micro_batches(step + 1)
         if self._needs_warmup:  # at the first step in this process, see `DataParallelModel.needs_warmup`
-            self._accumulate(chunks[0])
+            self._accumulate(chunks[0], chunks[0])
             self._check_gradients()  # here, too: DDP may fail at its next pass if a weight got no gradient
             self._undo_passes(buffers)
             self._needs_warmup = False
-        for chunk in chunks:
+        for chunk, next_chunk in zip(chunks, [*chunks[1:], following], strict=True):
             if interrupted():
                 self._undo_passes(buffers)
                 return False
             with self._parallel.micro_batch_context(last=chunk is chunks[-1]):
-                terms_total += self._accumulate(chunk)
+                terms_total += self._accumulate(chunk, next_chunk)
         self._check_gradients()
         for head in self._heads.values():  # means over the processes, as DDP gives for the network
             assert head.grad is not None
@@ -136,8 +146,16 @@ class TorchEngine:
         with torch.no_grad():
             for part, share in ema.update_weights(recipe, step).items():
                 torch._foreach_lerp_(list(map(local_shard, self._averages[part])), weights, share)
-        self._losses.append(terms_total)
+        # Where copies are queued, the sum over processes is, too: one that is made later would wait for later steps.
+        self._losses.append(HostCopy(self._parallel.sum(terms_total) if self._queues_copies else terms_total))
         return True
+
+    def _micro_batches(self, step: int) -> list[range]:
+        """This process's part of the global batch of a step (from 1), in micro-batches: positions in the stream of examples."""
+        begin = (step - 1) * self.recipe.batch
+        local = self._parallel.local_part(range(begin, begin + self.recipe.batch))
+        size = self.resolved.micro_batch
+        return [local[start : start + size] for start in range(0, len(local), size)]
 
     def _undo_passes(self, buffers: list[Tensor]) -> None:
         """Undo forward and backward passes: drop all gradients, and set the network's buffers to `buffers`.
@@ -157,15 +175,16 @@ class TorchEngine:
         if idle := [name for name, weight in self._heads.items() if weight.grad is None]:
             raise UserError(f"parameter {idle[0]} of the auxiliary loss's heads gets no gradient; use it in forward")
 
-    def _accumulate(self, positions: Tensor) -> Tensor:
+    def _accumulate(self, positions: range, following: range | None = None) -> Tensor:
         """Add the gradients of one micro-batch to those of the weights. Returns its loss terms, float64 (terms,).
 
         Both are sums over its images divided by the global batch, so that those of all micro-batches, in all processes,
-        add up to the means of the batch. positions: int64 (n,) in the stream of examples.
+        add up to the means of the batch. positions: of its n images in the stream of examples. following: those of the
+        micro-batch after it, which is read meanwhile on a GPU; None: it is not known.
         """
-        x0, y = self._batch(positions)  # (n, C, H, W), (n,)
+        x0, draws = self._batch(positions, following)  # (n, C, H, W)
         # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
-        word = bits(self.seed, Purpose.NETWORK_DROPOUT, positions[:1].numpy(), 0, 1)[0, 0]
+        word = bits(self.seed, Purpose.NETWORK_DROPOUT, np.array(positions[:1]), 0, 1)[0, 0]
         torch.manual_seed(int(word))
 
         def call(*inputs: Tensor) -> Tensor:  # the network with autocast, which `LossFunction.losses` leaves to it
@@ -173,7 +192,7 @@ class TorchEngine:
                 return self._parallel.call(*inputs)
 
         with nullcontext() if self._auxiliary is None else self._auxiliary.tapping(self.net):
-            terms = self._loss.losses(call, x0, y, to_device(positions, self.device))  # (n,) each
+            terms = self._loss.losses(call, x0, draws)  # (n,) each
         if self._auxiliary is not None:
             terms[self._auxiliary.wanted.name] = self._auxiliary.loss(x0)
         # A term of weight 0, such as the accuracy, is only logged and may have no gradient.
@@ -182,23 +201,38 @@ class TorchEngine:
         (loss / self.recipe.batch * self._parallel.size).backward()
         return torch.stack([terms[name].detach().sum() for name in self.loss_terms]).double() / self.recipe.batch
 
-    def _batch(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """(x0 float32 (n, C, H, W), labels int64 (n,)) at `positions` (n,) of the stream. x0 is in [-1, 1] for pixels."""
-        stored, labels = self._stream.take(positions.numpy())
-        index = to_device(positions, self.device)
+    def _batch(self, positions: range, following: range | None = None) -> tuple[Tensor, Draws]:
+        """(x0 float32 (n, C, H, W), the labels and random numbers that go with it), on the device.
 
-        def normal(shape: tuple[int, ...]) -> Tensor:  # for latents, which are sampled from their posterior
-            return random.normal(self.seed, Purpose.POSTERIOR, index, 0, shape)
+        x0 is in [-1, 1] for pixels. Arguments as of `_accumulate`.
+        """
+        if self._ahead is None:
+            packed, draws = self._host_batch(positions)
+        else:
+            packed, draws = self._ahead.take(positions, following)
+        stored, *tensors = packed.to_device()
+        draws = draws.with_tensors(*tensors)
+        x0 = self._to_model_input(
+            stored, partial(draws.normal, Purpose.POSTERIOR)
+        )  # latents: a sample of the posterior
+        return x0.contiguous(), draws
 
-        x0 = self._to_model_input(to_device(torch.from_numpy(stored), self.device), normal)
-        return x0.contiguous(), to_device(torch.from_numpy(labels), self.device)
+    def _host_batch(self, positions: range) -> HostBatch:
+        """The examples at `positions` in the stream. For `ReadAhead`, in another thread: it uses no device and no other state."""
+        rows = np.array(positions)
+        stored, labels = self._stream.take(rows)
+        draws = self._loss.draws(torch.from_numpy(labels), torch.from_numpy(rows))
+        return HostBatch(Packed([torch.from_numpy(stored), *draws.tensors()], self.device), draws)
 
     @process_group.translate_dist_errors()
-    def pop_losses(self) -> list[tuple[float, ...]]:
-        if not self._losses:
+    def pop_losses(self, wait: bool = True) -> list[tuple[float, ...]]:
+        # The newest step may not be finished on the device, and those before it are, or will be while it is computed.
+        count = len(self._losses) - (self._queues_copies and not wait)
+        if count <= 0:
             return []
-        rows = self._parallel.sum(torch.stack(self._losses)).cpu().tolist()
-        self._losses.clear()
+        losses, self._losses = self._losses[:count], self._losses[count:]
+        values = torch.stack([each.wait() for each in losses])
+        rows = (values if self._queues_copies else self._parallel.sum(values)).tolist()
         return [tuple(row) for row in rows]
 
     @process_group.translate_dist_errors()
