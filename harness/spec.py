@@ -19,6 +19,9 @@ KINDS = ("denoiser", "upsampler", "classifier", "generator")
 
 FRAMEWORKS = ("torch", "jax")
 
+TIMES = ("timestep", "unit", "log-sigma")
+"""Forms of a network's time input (`harness.diffusion.network_times`)."""
+
 
 class ComputeRow(NamedTuple):
     """Compute of one part of a network: `part` is a module path, `kind` one of linear, conv, attention, norm."""
@@ -78,6 +81,9 @@ class BackboneSpec:
     `closed_form` is a function with the same arguments, or its "module:attribute". It returns a `Compute`, and raises
     `UserError` if the arguments do not fit the architecture. Without it the compute is traced, and marked as traced.
     `uncounted_norms` are glob patterns of module paths; the compute convention does not count their normalisations.
+    `time` is what a denoiser or upsampler is given as t: "timestep", 0 to 999, or what its objective states in continuous
+    time; "unit", float32 from 0 (image) to 1 (noise); "log-sigma", float32, the logarithm of the noise level s / a of
+    x_t = a x_0 + s eps, within [-10, 10].
     """
 
     name: str
@@ -89,6 +95,7 @@ class BackboneSpec:
     builders: Mapping[str, str] = field(default_factory=dict)
     closed_form: str | Callable[..., Compute] | None = None
     uncounted_norms: tuple[str, ...] = ()
+    time: str = "timestep"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,6 +106,10 @@ class BackboneSpec:
             raise UserError(
                 f"backbone {self.name!r}: null_label {self.null_label!r} is neither an index nor 'num_classes'"
             )
+        if self.time not in TIMES:
+            raise UserError(f"backbone {self.name!r}: time {self.time!r} is not one of {', '.join(TIMES)}")
+        if self.time != "timestep" and self.kind not in ("denoiser", "upsampler"):
+            raise UserError(f"backbone {self.name!r}: a {self.kind} has no time {self.time!r}; leave it out")
         if unknown := sorted(set(self.builders) - set(FRAMEWORKS)):
             raise UserError(
                 f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"

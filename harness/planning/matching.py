@@ -192,7 +192,7 @@ def match_sampling(request: Request, reference: Reference) -> Request:
             )
         matches.append(Match.of(reference_name, steps, target, own_flops * evaluations(steps)))
     sampling = dataclasses.replace(request.sampling, steps=tuple(sorted({match.steps for match in matches})))
-    check_plans(recipe, sampling)
+    check_plans(recipe, sampling, request.spec.time)
     return dataclasses.replace(request, sampling=sampling, match_sampling=tuple(matches))
 
 

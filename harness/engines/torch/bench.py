@@ -187,7 +187,14 @@ class Bench:
         # A network with a number of output channels of its own, which has no variance channels.
         if self.arguments.get("out_channels") not in (None, registry.objectives.get(objective).out_channels(channels)):
             objective = "epsilon-fixed"
-        plan = sampler_plan("ddpm", self.sampler_steps, schedule="linear", diffusion_steps=1000, objective=objective)
+        plan = sampler_plan(
+            "ddpm",
+            self.sampler_steps,
+            schedule="linear",
+            diffusion_steps=1000,
+            objective=objective,
+            time=self.spec.time,
+        )
         sampler = TorchSampler(
             self.spec,
             build(self.spec, self.arguments, 0),

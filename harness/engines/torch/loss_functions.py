@@ -33,7 +33,7 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe), device)
+        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe, spec.time), device)
 
     def losses(self, net: Callable[..., Tensor], x0: Tensor, y: Tensor, positions: Tensor) -> dict[str, Tensor]:
         """The loss terms by name, float32 (N,) each; the names are those of `loss_terms`.
