@@ -234,6 +234,7 @@ def distinguishing_metadata(record: Record) -> dict[str, str]:
             "training images": training.images,
             "training Gflops": training.gflops,
             "Gflops of the auxiliary loss": training.auxiliary_gflops,
+            "Gflops of a forward pass in training": training.forward_gflops,
             "micro-batch": training.micro_batch,
             "checkpoint": _short(training.checkpoint_sha256),
             "forked at step": training.forked_at,

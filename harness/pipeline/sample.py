@@ -304,6 +304,7 @@ def sample_run(
             gflops_published_input=published_input_gflops(request),
             gflops_source="traced" if request.compute.source == "traced" else None,
             auxiliary=request.auxiliary,
+            forward_gflops=None if request.compute.training is None else request.compute.training.gflops,
             evaluations=request.evaluations(steps),
             decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
             origin={**run.training_data, **run.fork},

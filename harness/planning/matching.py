@@ -261,7 +261,7 @@ def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int
 
 def step_flops(compute: Compute, recipe: Recipe) -> int:
     """Training compute of one optimiser step, in flops."""
-    return compute.flops * recipe.batch * TRAINING_FACTOR
+    return compute.in_training.flops * recipe.batch * TRAINING_FACTOR
 
 
 def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: str = "") -> Compute:
@@ -328,6 +328,7 @@ def budget_table(
                 "params": compute.params,
                 "gflops": compute.gflops,
                 "gflops_source": compute.source,
+                **({} if compute.training is None else {"gflops_in_training": compute.training.gflops}),
                 "steps": match_of_backbone.steps,
                 "images": images,
                 "epochs": None if epoch_images is None else images / epoch_images,

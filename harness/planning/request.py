@@ -57,7 +57,7 @@ class Request:
     @property
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
-        gflops = self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+        gflops = self.compute.in_training.gflops * self.recipe.batch * TRAINING_FACTOR
         return gflops if self.auxiliary is None else gflops + self.auxiliary.training_flops * self.recipe.batch / 1e9
 
     @property

@@ -174,7 +174,7 @@ class Bench:
             done += 1
             engine.step(done, interrupted=lambda: False)
 
-        operations = 2 * self.macs * TRAINING_FACTOR
+        operations = 2 * self.spec.count(**self.arguments).in_training.macs * TRAINING_FACTOR
         return self.row("training", step, operations, images=self.batch, micro_batch=micro_batch)
 
     def sampling(self) -> Row:
