@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from harness.autoencoders.tokenizer import Tokenizer
 from harness.diffusion.auxiliary import LOSSES, AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.errors import LONGEST_SHOWN, UserError, shown
@@ -198,6 +199,7 @@ guidance_rules: Registry[GuidanceRule] = Registry("harness.guidance", "guidance 
 auxiliary_losses: Registry[AuxiliaryLoss] = Registry(
     "harness.auxiliary_losses", "auxiliary loss", AuxiliaryLoss, LOSSES
 )
+autoencoders: Registry[Tokenizer] = Registry("harness.autoencoders", "autoencoder", Tokenizer)
 features: Registry[Any] = Registry("harness.features", "feature extractor")
 metrics: Registry[Any] = Registry("harness.metrics", "metric")
 suites: Registry[Any] = Registry("harness.suites", "suite")
@@ -213,6 +215,7 @@ GROUPS: dict[str, Registry[Any]] = {
         objectives,
         guidance_rules,
         auxiliary_losses,
+        autoencoders,
         features,
         metrics,
         suites,

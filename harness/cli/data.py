@@ -152,7 +152,10 @@ def reference(
 @click.argument("images", metavar="IMAGES")
 @plugin_option
 @click.option(
-    "--vae", required=True, metavar="DIR|NAME", help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse."
+    "--vae",
+    required=True,
+    metavar="DIR|NAME",
+    help="A diffusers AutoencoderKL (a folder, or ft-ema, ft-mse), or a name of `harness list autoencoders`.",
 )
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to make.")
 @click.option("--device", metavar="NAME", help="cpu, cuda, cuda:1. [default: an accelerator if there is one]")

@@ -99,7 +99,7 @@ _FREE_NAMES = """
     logical_or logsumexp lt masked_fill maximum max mean min minimum mish movedim mul multiply native_dropout ne neg
     new_empty new_empty_strided new_full new_ones new_zeros normal normal_ one_hot ones ones_like permute pixel_shuffle
     pixel_unshuffle pow prod rand rand_like randint randn randn_like randperm reciprocal reflection_pad1d reflection_pad2d relu
-    remainder repeat repeat_interleave replication_pad2d reshape roll round rsqrt rsub scalar_tensor scatter select
+    remainder repeat repeat_interleave replication_pad2d reshape roll round rsqrt rsub scalar_tensor scatter scatter_add select
     selu sigmoid sign silu sin sinh slice slice_scatter softplus _softmax _safe_softmax sort split split_with_sizes sqrt
     squeeze stack std sub sum t tan tanh tile _to_copy to topk transpose tril triu true_divide trunc unbind unfold unflatten
     _unsafe_view unsqueeze var var_mean view view_as_complex view_as_real where zero_ zeros zeros_like

@@ -10,6 +10,7 @@ from evaluators.features import FeatureSpec
 from evaluators.metrics import METRICS, Metric
 from evaluators.suites import Suite
 from harness import registry
+from harness.autoencoders.tokenizer import Tokenizer
 from harness.cli import COMMANDS
 from harness.data import DatasetSpec
 from harness.diffusion.auxiliary import AuxiliaryLoss
@@ -24,6 +25,7 @@ DOCS = ROOT / "docs"
 DOORS = {
     "backbones": BackboneSpec, "objectives": Objective, "samplers": SamplerSpec, "guidance": GuidanceRule, "metrics": Metric,
     "features": FeatureSpec, "suites": Suite, "datasets": DatasetSpec, "auxiliary-losses": AuxiliaryLoss,
+    "autoencoders": Tokenizer,
 }  # fmt: skip
 OTHERWISE = {"protocols": (Protocol, {"summary", "recipe", "sampling"}), "systems": (Component, {
     "diffusion_steps", "noise_scale", "truncation"})}  # fmt: skip
