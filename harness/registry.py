@@ -23,6 +23,7 @@ from harness.diffusion.auxiliary import LOSSES, AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.errors import LONGEST_SHOWN, UserError, shown
 from harness.plugins.code import Code, code_of_package
+from harness.plugins.hook import LAUNCHERS, LOGGERS, Hook
 from harness.spec import BackboneSpec
 
 if TYPE_CHECKING:
@@ -204,6 +205,9 @@ features: Registry[Any] = Registry("harness.features", "feature extractor")
 metrics: Registry[Any] = Registry("harness.metrics", "metric")
 suites: Registry[Any] = Registry("harness.suites", "suite")
 systems: Registry[Any] = Registry("harness.systems", "system")
+loggers: Registry[Hook] = Registry("harness.loggers", "logger", Hook, LOGGERS)
+launchers: Registry[Hook] = Registry("harness.launchers", "launcher", Hook, LAUNCHERS)
+figures: Registry[Hook] = Registry("harness.figures", "figure", Hook)
 
 GROUPS: dict[str, Registry[Any]] = {
     each.group.removeprefix("harness.").upper(): each
@@ -220,6 +224,9 @@ GROUPS: dict[str, Registry[Any]] = {
         metrics,
         suites,
         systems,
+        loggers,
+        launchers,
+        figures,
     )  # fmt: skip
 }
 """The attributes of a plug-in file (`harness.plugins.files`), and the registries that they add to."""

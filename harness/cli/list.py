@@ -24,6 +24,9 @@ NOUNS = {
     "suites": registry.suites,
     "features": registry.features,
     "metrics": registry.metrics,
+    "loggers": registry.loggers,
+    "launchers": registry.launchers,
+    "figures": registry.figures,
 }
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +20,14 @@ from harness.runs.samples import read_samples
 from results import store
 
 WORDS = ("--precision", "float32", "--micro-batch", "16", "--device", "cpu", "--no-report")
+STUDY = """
+protocol = "doors-unlabelled"
+backbones = ["doors-sigma"]
+budgets = { steps = [4] }
+precision = "float32"
+micro_batch = 16
+device = "cpu"
+"""
 DOWN, UP = "\u2193", "\u2191"
 
 
@@ -38,7 +47,7 @@ def pixels(home):
     real digits evaluated beside it; and the report of both. The records of the run by metric."""
     harness(
         "run", "--backbone", "doors-masked", "--protocol", "doors-pixels", "--sampler", "doors-euler", "--cfg", "2:doors-mean",
-        "--out", "runs/pixels", *WORDS,
+        "--logger", "doors-lines", "--out", "runs/pixels", *WORDS,
     )  # fmt: skip
     np.savez("real.npz", arr_0=load().images[300:400], arr_1=load().labels[300:400])
     harness("evaluate", "real.npz", "--protocol", "doors-pixels", "--name", "real", "--out", "real.jsonl")
@@ -50,7 +59,8 @@ def pixels(home):
     ]
     store.append(Path("model.jsonl"), real)
     files = ("--results", "runs/pixels", "--results", "model.jsonl")
-    harness("report", *files, "--protocol", "doors-pixels", "--out", "report")
+    _, said = harness("report", *files, "--protocol", "doors-pixels", "--out", "report")
+    Path("said-by-report.txt").write_text(said)
     return records_of("runs/pixels/records.jsonl")
 
 
@@ -153,6 +163,42 @@ def test_both_directions_are_judged_the_right_way_everywhere(home, pixels):
     for record in (*real.values(), *pixels.values()):
         if record["metric"] in higher:
             assert shown[record["id"]] == (UP if higher[record["metric"]] else DOWN)
+
+
+def test_a_logger_and_a_figure_of_the_package(home, pixels):
+    lines = [line.split() for line in Path("runs/pixels/lines.txt").read_text().splitlines()]
+    rows = training_of("runs/pixels")
+    assert [int(step) for step, _ in lines] == [row["step"] for row in rows]
+    expected = [row["mse"] + row["vb"] + 0.1 * row["doors-quiet"] for row in rows]
+    assert [float(loss) for _, loss in lines] == pytest.approx(expected, rel=1e-4)
+    with Path("report/doors-figure.csv").open(newline="", encoding="utf-8") as file:
+        found = {row["system"]: float(row["gap"]) for row in csv.DictReader(file)}
+    assert found["doors-masked"] == pixels["doors_gap"]["value"] and "real" in found
+    assert "Gap over Gflops" in Path("report/report.html").read_text()
+    warning = f"figure 'doors-torn' of {NAME} is not drawn: OSError: no ink"
+    assert Path("said-by-report.txt").read_text().count(warning) == 1
+
+
+def test_a_launcher_of_the_package_runs_a_study(home, pixels, monkeypatch):
+    """It is handed the commands that are left, here of a run that is there already but for one more sample set."""
+    started = []
+
+    def run(words, **options):
+        started.append(words)
+        harness(*words[words.index("run") :])
+        return SimpleNamespace(returncode=0)
+
+    from all_doors import services  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(services, "subprocess", SimpleNamespace(run=run))
+    Path("study.toml").write_text(STUDY)
+    harness("study", "study.toml", "--launcher", "doors-inline")
+    assert len(started) == 1 and "doors-sigma" in started[0]
+    status = json.loads(harness("study", "study.toml", "--status", "--json")[0])
+    assert status["counts"]["done"] == 1
+    assert "doors-sigma" in Path("runs/studies/study/report/table-doors-unlabelled.md").read_text()
+    _, said = harness("study", "study.toml", "--launcher", "doors-inlin", code=2)
+    assert "unknown launcher 'doors-inlin'; did you mean doors-inline" in said
 
 
 def test_a_system_of_the_package_takes_the_run(home, pixels):

@@ -8,6 +8,7 @@ from harness.diffusion.auxiliary import AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.objectives import Objective, Target
 from harness.diffusion.samplers import SamplerSpec
+from harness.plugins.hook import Hook
 from harness.spec import BackboneSpec
 
 DEFAULTS = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels": None}
@@ -54,6 +55,12 @@ def euler(task):
     )  # fmt: skip
 
 
+LOGGER = Hook(name="doors-lines", summary="a text file", call="all_doors.services:Lines")
+LAUNCHER = Hook(name="doors-inline", summary="one command after the other", call="all_doors.services:launch")
+FIGURES = tuple(
+    Hook(name=f"doors-{name}", summary="gap over Gflops", call=f"all_doors.services:{call}")
+    for name, call in (("figure", "figure"), ("torn", "torn"))
+)
 SAMPLER = SamplerSpec(name="doors-euler", summary="Euler's method", make=euler)
 DATASETS = tuple(
     DatasetSpec(name=f"doors-{name}", summary="300 digits", loader=f"all_doors:{name}", images=300)
