@@ -4,14 +4,17 @@ The metrics in METRICS work on the features of any extractor. Importing this mod
 """
 
 import math
+import re
 from dataclasses import dataclass
+
+KEY = re.compile(r"[a-z][a-z0-9_]*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
     """A metric of a sample set. The object behind entry points of `harness.metrics`.
 
-    Raises ValueError for a direction that is neither "lower" nor "higher".
+    Raises ValueError for a direction that is neither "lower" nor "higher", and for a key that no record can have.
     """
 
     key: str
@@ -46,6 +49,10 @@ class Metric:
     def __post_init__(self) -> None:
         if self.direction not in ("lower", "higher"):
             raise ValueError(f"metric {self.key}: direction {self.direction!r} is neither 'lower' nor 'higher'")
+        if not KEY.fullmatch(self.key):  # as records do, but before anything is sampled and measured
+            raise ValueError(
+                f"metric {self.key!r}: a key is of lower-case letters, digits and _, and begins with a letter"
+            )
 
 
 # 100 samples are 5 for each block of the jackknife; far more are needed for a number worth publishing.

@@ -119,11 +119,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'harness' has no attribute {name!r}")
 
 
-def _trace(spec: BackboneSpec, **overrides: Any) -> Compute:
+def _trace(spec: BackboneSpec, *, training: bool = False, **overrides: Any) -> Compute:
     """Compute of a network without a closed form; see `harness.spec.set_tracer`. Imports torch when it is called."""
     from harness.compute.trace_torch import trace
 
-    return trace(spec, **overrides)
+    return trace(spec, training=training, **overrides)
 
 
 def _check_siblings() -> None:

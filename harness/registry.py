@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
+from harness.autoencoders.tokenizer import Tokenizer
 from harness.diffusion.auxiliary import LOSSES, AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.errors import LONGEST_SHOWN, UserError, shown
 from harness.plugins.code import Code, code_of_package
+from harness.plugins.hook import LAUNCHERS, LOGGERS, Hook
 from harness.spec import BackboneSpec
 
 if TYPE_CHECKING:
@@ -198,10 +200,14 @@ guidance_rules: Registry[GuidanceRule] = Registry("harness.guidance", "guidance 
 auxiliary_losses: Registry[AuxiliaryLoss] = Registry(
     "harness.auxiliary_losses", "auxiliary loss", AuxiliaryLoss, LOSSES
 )
+autoencoders: Registry[Tokenizer] = Registry("harness.autoencoders", "autoencoder", Tokenizer)
 features: Registry[Any] = Registry("harness.features", "feature extractor")
 metrics: Registry[Any] = Registry("harness.metrics", "metric")
 suites: Registry[Any] = Registry("harness.suites", "suite")
 systems: Registry[Any] = Registry("harness.systems", "system")
+loggers: Registry[Hook] = Registry("harness.loggers", "logger", Hook, LOGGERS)
+launchers: Registry[Hook] = Registry("harness.launchers", "launcher", Hook, LAUNCHERS)
+figures: Registry[Hook] = Registry("harness.figures", "figure", Hook)
 
 GROUPS: dict[str, Registry[Any]] = {
     each.group.removeprefix("harness.").upper(): each
@@ -213,10 +219,14 @@ GROUPS: dict[str, Registry[Any]] = {
         objectives,
         guidance_rules,
         auxiliary_losses,
+        autoencoders,
         features,
         metrics,
         suites,
         systems,
+        loggers,
+        launchers,
+        figures,
     )  # fmt: skip
 }
 """The attributes of a plug-in file (`harness.plugins.files`), and the registries that they add to."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from harness.errors import RunError, UserError, one_line
@@ -18,6 +18,9 @@ KINDS = ("denoiser", "upsampler", "classifier", "generator")
 """Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
 
 FRAMEWORKS = ("torch", "jax")
+
+TIMES = ("timestep", "unit", "log-sigma")
+"""Forms of a network's time input (`harness.diffusion.network_times`)."""
 
 
 class ComputeRow(NamedTuple):
@@ -32,12 +35,19 @@ class ComputeRow(NamedTuple):
 class Compute:
     """Compute of one forward pass on one image (no guidance, no decoder) and the number of parameters.
 
-    1 multiply-add = 1 flop, plus 1 flop per element of the normalisations that the convention counts.
+    1 multiply-add = 1 flop, plus 1 flop per element of the normalisations that the convention counts. training: of a
+    forward pass in training mode, where it differs (`BackboneSpec.masked_training`).
     """
 
     params: int  # trainable parameters; fixed position tables are not parameters
     rows: tuple[ComputeRow, ...]
     source: str = "closed form"  # or "traced"
+    training: Compute | None = None
+
+    @property
+    def in_training(self) -> Compute:
+        """Of a forward pass in training mode."""
+        return self if self.training is None else self.training
 
     @property
     def flops(self) -> int:
@@ -78,6 +88,12 @@ class BackboneSpec:
     `closed_form` is a function with the same arguments, or its "module:attribute". It returns a `Compute`, and raises
     `UserError` if the arguments do not fit the architecture. Without it the compute is traced, and marked as traced.
     `uncounted_norms` are glob patterns of module paths; the compute convention does not count their normalisations.
+    `masked_training` says that training computes on a part of each image, such as half of its tokens (MDT, MaskDiT): training
+    compute is then that of the forward pass in training mode, as traced from the torch network, or stated by the closed
+    form in `Compute.training`.
+    `time` is what a denoiser or upsampler is given as t: "timestep", 0 to 999, or what its objective states in continuous
+    time; "unit", float32 from 0 (image) to 1 (noise); "log-sigma", float32, the logarithm of the noise level s / a of
+    x_t = a x_0 + s eps, within [-10, 10].
     """
 
     name: str
@@ -89,6 +105,8 @@ class BackboneSpec:
     builders: Mapping[str, str] = field(default_factory=dict)
     closed_form: str | Callable[..., Compute] | None = None
     uncounted_norms: tuple[str, ...] = ()
+    masked_training: bool = False
+    time: str = "timestep"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -99,6 +117,10 @@ class BackboneSpec:
             raise UserError(
                 f"backbone {self.name!r}: null_label {self.null_label!r} is neither an index nor 'num_classes'"
             )
+        if self.time not in TIMES:
+            raise UserError(f"backbone {self.name!r}: time {self.time!r} is not one of {', '.join(TIMES)}")
+        if self.time != "timestep" and self.kind not in ("denoiser", "upsampler"):
+            raise UserError(f"backbone {self.name!r}: a {self.kind} has no time {self.time!r}; leave it out")
         if unknown := sorted(set(self.builders) - set(FRAMEWORKS)):
             raise UserError(
                 f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"
@@ -147,9 +169,20 @@ class BackboneSpec:
 
     def count(self, **overrides: object) -> Compute:
         """Compute and parameters: by the closed form if there is one, else by tracing (imports torch)."""
+        compute = self._count(**overrides)
+        if not self.masked_training or compute.training is not None:
+            return compute
+        if "torch" not in self.builders:
+            raise UserError(
+                f"backbone {self.name!r}: masked training is counted from a torch network, which it does not have; state "
+                "Compute.training in its closed_form"
+            )
+        return replace(compute, training=_traced(self, training=True, **overrides))
+
+    def _count(self, **overrides: object) -> Compute:
+        """As `count`, for `masked_training` only what a closed form states."""
         if self.closed_form is None:
-            assert _tracer is not None, "importing harness sets the tracer"
-            return _tracer(self, **overrides)
+            return _traced(self, **overrides)
         function = self.closed_form
         if isinstance(function, str):
             function = load_attribute(function, f"closed form of backbone {self.name!r}")
@@ -174,8 +207,13 @@ class BackboneSpec:
 _tracer: Callable[..., Compute] | None = None
 
 
+def _traced(spec: BackboneSpec, **options: object) -> Compute:
+    assert _tracer is not None, "importing harness sets the tracer"
+    return _tracer(spec, **options)
+
+
 def set_tracer(trace: Callable[..., Compute]) -> None:
-    """Set the function that counts a network without a closed form: (spec, **build arguments) -> Compute.
+    """Set the function that counts a network without a closed form: (spec, training=False, **build arguments) -> Compute.
 
     That function needs torch and imports this module, so this module cannot import it; `harness` sets it.
     """

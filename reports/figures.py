@@ -1,13 +1,16 @@
 """The list of a report's figures, as data, and the records that each is made of."""
 
 import contextlib
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harness import registry
-from harness.errors import UserError
+from harness.errors import UserError, one_line
+from harness.plugins.hook import Hook
 from harness.runs.run import build_arguments
+from harness.spec import load_attribute
 from reports import (
     figures_frontier,
     figures_gflops,
@@ -22,6 +25,8 @@ from reports.figures_study import studies
 from reports.points import index_of
 from results import paper
 from results.records import Record
+
+logger = logging.getLogger(__name__)
 
 
 def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Figure, ...]:
@@ -49,7 +54,28 @@ def figures(records: Iterable[Record], folders: Sequence[Path] = ()) -> tuple[Fi
         figures_frontier.best_size(all_studies),
         figures_target.compute_to_target(all_studies),
     ]
+    made += [
+        _of_package(hook, measured, {figure.name for figure in made if figure is not None}) for hook in registry.figures
+    ]
     return tuple(figure for figure in made if figure is not None)
+
+
+def _of_package(hook: Hook, measured: list[Record], taken: set[str]) -> Figure | None:
+    """A package's figure; None, with a warning, if its code fails: the others are drawn all the same."""
+    try:
+        figure = load_attribute(hook.call, f"figure {hook.name!r}")(measured)
+        if figure is None:
+            return None
+        if not isinstance(figure, Figure):
+            raise UserError(f"came a {type(figure).__name__}, not a reports.charts.Figure")
+        if figure.name != hook.name or figure.name in taken:
+            raise UserError(
+                f"it is called {figure.name!r}, and must have the name of its entry, which no other figure has"
+            )
+        return figure
+    except Exception as error:  # other people's code can raise anything
+        logger.warning(f"figure {hook.name!r} of {registry.figures.owner(hook.name)} is not drawn: {one_line(error)}")
+        return None
 
 
 ABSENT = {  # name of a figure that needs further files beside the records -> what to say if it is not drawn

@@ -15,7 +15,7 @@ UP, DOWN = "\u2191", "\u2193"  # arrows in metric titles: higher is better, lowe
 _METADATA = (
     *("protocol version", "framework", "recipe", "batch", "learning rate", "EMA decay", "objective", "schedule"),
     *("time distribution", "loss weight", "noise scale", "auxiliary loss", "EMA widths", "EMA snapshots"),
-    *("training data", "training latents", "plug-in code", "Gflops are"),
+    *("training data", "training latents", "plug-in code", "Gflops are", "Gflops of a training pass"),
     *(
         "training precision",
         "earlier precision",
@@ -197,6 +197,7 @@ def row_metadata(record: Record) -> dict[str, str]:
             "loss weight": training.loss_weight,
             "noise scale": training.noise_scale,
             "auxiliary loss": training.auxiliary,
+            "Gflops of a training pass": training.forward_gflops,
             "EMA widths": training.ema_widths,
             "EMA snapshots": training.ema_snapshots,
             "training data": _short(training.dataset_sha256),

@@ -124,6 +124,7 @@ def differing(a: Record, b: Record) -> dict[str, tuple[object, object]]:
     """
     skipped = {  # `images` too, because it is steps x batch
         "seed", "checkpoint_sha256", "samples_sha256", "settings_hash", "recipe_hash", "gflops_per_image", "gflops", "auxiliary_gflops",
+        "forward_gflops",
         "evaluations_mean", "evaluations_max",
         "decoder_gflops", "images", "micro_batch", "batch", "forked_at", "parent_sha256",
     }  # fmt: skip

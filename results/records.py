@@ -101,6 +101,7 @@ class Training(_Checked):
     latents_sha256: str | None = None  # of the "latents" in the identity of a run; None: trained in pixels
     auxiliary: str | None = None  # auxiliary loss, "repa:ENCODER:TAP"; None: none
     auxiliary_gflops: float | None = None  # the part of `gflops` that is its encoder's forward passes and its heads'
+    forward_gflops: float | None = None  # of a forward pass in training (masked); None: that of the record
     plugins_sha256: str | None = None  # of the "plugins" in the identity of a run, their code; None: all is built in
     earlier_precision: str | None = None  # of a fork, "float32 to step 30"; None: `precision` from the first step on
     forked_at: int | None = None  # step of the other run's checkpoint with which training began; None: not a fork

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from backbones.autoencoders.spec import FIRST_STAGE, KL_CONFIG, KNOWN, WEIGHTS, Known, kl_settings
+from backbones.autoencoders.spec import FIRST_STAGE, KNOWN, WEIGHTS, Known
+from harness import registry
+from harness.autoencoders.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
-from harness.weights.files import WeightFile, open_weights, sha256, unusual_entry
-from harness.weights.folders import is_index, known_file
+from harness.weights.files import WeightFile, open_weights
+from harness.weights.folders import known_file
 
 DIFFUSERS_FILE = re.compile(
     r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)(\.index(\.[A-Za-z0-9_]+)?\.json)?"
@@ -32,14 +33,16 @@ MARKS = tuple(
 SCALE_KL = 0.18215
 
 
-def resolve(name: str) -> Known | Path:
-    """The known autoencoder with the short name `name`, else the path `name` if it exists, else the known autoencoder with
-    the repository `name`; UserError if it is none of these.
+def resolve(name: str) -> Known | Tokenizer | Path:
+    """The known autoencoder with the short name `name`, else a package's of that name, else the path `name` if it exists,
+    else the known autoencoder with the repository `name`; UserError if it is none of these.
 
     A short name has precedence over a file of that name; write ./NAME for the file. Imports no framework.
     """
     if name in KNOWN:
         return KNOWN[name]
+    if name in registry.autoencoders:
+        return registry.autoencoders.get(name)
     path = Path(name).expanduser()
     if path.exists():
         return path
@@ -48,16 +51,19 @@ def resolve(name: str) -> Known | Path:
         return by_repository[name]
     if os.sep in name or path.suffix:
         raise UserError(f"decoder {name}: no such file or folder; give an existing path or one of {', '.join(KNOWN)}")
-    raise UserError(f"{unknown('decoder', name, KNOWN)} (or give a path; no file or folder has that name)")
+    raise UserError(
+        f"{unknown('decoder', name, [*KNOWN, *registry.autoencoders.names()])} (or give a path; no file or folder has that name)"
+    )
 
 
 def find(name: str, weights: str | Path | None, flag: str) -> tuple[Known | None, Path, str]:
     """(known autoencoder, or None for a path; folder or file of its weights; their source for records).
 
-    name: as for `resolve`. weights: folder or file with the weights of a known autoencoder; None: they come from the
+    name: as for `resolve`, not of a package's autoencoder, which has no files of its own. weights: folder or file with the weights of a known autoencoder; None: they come from the
     hub or its cache. flag: the option that messages recommend for naming a path.
     """
     found = resolve(name)
+    assert not isinstance(found, Tokenizer)
     if isinstance(found, Path):
         if weights is not None:
             raise UserError(f"decoder {name} is a path already; leave out {flag} or give one of {', '.join(KNOWN)}")
@@ -198,7 +204,10 @@ def identity_behind_latents(latents: Mapping[str, Any], name: str) -> dict[str, 
     except UserError:  # a path that no longer exists
         found = Path(name)
     sha256 = str(latents["vae_sha256"])
-    recorded = record_name(found if isinstance(found, Known) else None, "kl", sha256)
+    if isinstance(found, Tokenizer):
+        recorded = found.name
+    else:
+        recorded = record_name(found if isinstance(found, Known) else None, "kl", sha256)
     return _identity(
         recorded, sha256, latents["scale_factor"], latents["shift_factor"], str(latents["vae_config_sha256"]),
         latents.get("vae_entry", ""),
@@ -215,23 +224,3 @@ def _identity(name: str, sha256: str, scale: float, shift: float, config_sha256:
         "config_sha256": config_sha256,
         **({"entry": entry} if entry else {}),
     }
-
-
-def read_identity(name: str, flag: str, entry: str | None = None) -> dict[str, Any]:
-    """`Decoder.identity` of the AutoencoderKL `name`, computed from its files without loading it.
-
-    entry: of the weight file, as for `load_autoencoder`. The kind is not checked: for an autoencoder with a codebook, the
-    result is different from all decoders' identities.
-    """
-    known, path, _ = find(name, None, flag)
-    config, file = locate(path, flag)
-    config = KL_CONFIG if config is None else config
-    digest = sha256(file) if not is_index(file) else open_weights(file).sha256()
-    recorded = record_name(known, "kl", digest)
-    return identity(
-        recorded,
-        digest,
-        *scale_and_shift(config),
-        kl_settings(config),
-        unusual_entry(entry, partial(open_autoencoder, file)),
-    )

@@ -1,20 +1,24 @@
 """Loading autoencoders of latent diffusion, encoding and decoding with them, and their compute.
 
 An autoencoder is named "ft-ema", "ft-mse" or "original" (Stable Diffusion's, as in DiT; diffusers' AutoencoderKL),
-"vq-f4" or "vq-f8" (LDM's, which quantise the latent again when they decode it), or by a path.
+"vq-f4" or "vq-f8" (LDM's, which quantise the latent again when they decode it), by a path, or by the name of a package's
+(`harness.autoencoders.tokenizer`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from backbones.autoencoders.layout import factor, infer_arguments
 from backbones.autoencoders.spec import BY_NAME, KL_CONFIG, KNOWN, Known, diffusers_layout, kl_settings, own_tensors
+from harness import registry
 from harness.autoencoders.files import (
     find,
     identity,
@@ -24,19 +28,23 @@ from harness.autoencoders.files import (
     resolve,
     scale_and_shift,
 )
-from harness.errors import RunError, UserError
+from harness.autoencoders.tokenizer import Tokenizer
+from harness.errors import RunError, UserError, one_line
 from harness.registry import unknown
-from harness.spec import Compute
-from harness.weights.files import unchanged, unusual_entry
+from harness.spec import Compute, load_attribute
+from harness.weights.files import open_weights, sha256, unchanged, unusual_entry
+from harness.weights.folders import is_index
 from harness.weights.tensors import all_finite, refuse_not_finite
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
 logger = logging.getLogger(__name__)
 
 FLAG = "--weights decoder=PATH"
+MAX_SPREAD = 10.0  # of latents of a package's autoencoder, which should have standard deviation 1
 BATCH = 8  # batch size on an accelerator; a CPU is as fast with 1
 
 
@@ -44,7 +52,7 @@ BATCH = 8  # batch size on an accelerator; a CPU is as fast with 1
 class Decoder:
     """A loaded autoencoder, float32, without gradients.
 
-    name: in records. kind: "kl" (diffusers' AutoencoderKL) or "vq" (with a codebook). scale_factor, shift_factor: a
+    name: in records. kind: "kl" (diffusers' AutoencoderKL), "vq" (with a codebook) or "tokenizer" (of a package). scale_factor, shift_factor: a
     sampler's latents are (z - shift) x scale of the autoencoder's z. channels: of a latent. factor: pixels per latent
     cell, along a side. sha256: of the weight file. config: arguments of the network. source: file, or repository and
     revision. notes: what was left out or assumed when it was loaded. batch: batch size of `decode` and `posterior`.
@@ -67,16 +75,20 @@ class Decoder:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides the decoded images, for records; the path of the weights is no part of it."""
-        settings = self.config if self.kind == "vq" else kl_settings(self.config)
+        settings = kl_settings(self.config) if self.kind == "kl" else self.config
         return identity(self.name, self.sha256, self.scale_factor, self.shift_factor, settings, self.entry)
 
     @property
     def image_channels(self) -> int:
         """Channels of the images that it encodes and decodes."""
+        if self.kind == "tokenizer":
+            return int(self.config["image_channels"])
         return 3 if self.kind == "vq" else int(self.config.get("in_channels", 3))
 
     def compute(self, image_size: int = 256, direction: str = "decode") -> Compute:
         """Compute of one image of `image_size` pixels per side; its params are those of encoder and decoder."""
+        if self.kind == "tokenizer":
+            return tokenizer_compute(registry.autoencoders.get(self.name), image_size=image_size, direction=direction)
         return traced_compute(self.kind, self.config, image_size=image_size, direction=direction)
 
     def gmacs(self, image_size: int = 256) -> float:
@@ -99,7 +111,7 @@ class Decoder:
             raise UserError(
                 f"decoder {self.name}: latents are {z.dtype} {tuple(z.shape)}; it takes float (N, {self.channels}, h, w)"
             )
-        device = next(self.net.parameters()).device
+        device = _device_of(self.net)
         images: list[torch.Tensor] = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in z.split(self.batch) if len(z) else ():  # split gives one part of 0 latents for an empty z
@@ -119,23 +131,72 @@ class Decoder:
     def posterior(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the latents z of images, float32 (N, 2, C, h, w), neither shifted nor scaled.
 
-        images: float32 (N, image channels, H, W) in [-1, 1]. Only for the kind "kl". diffusers clamps the log-variance to
+        images: float32 (N, image channels, H, W) in [-1, 1]. Not for the kind "vq". diffusers clamps the log-variance to
         [-30, 20]. `batch` images are encoded at a time. RunError where a value is not finite.
         """
         import torch
 
         from harness.frameworks.torch_float32 import exact_float32
 
-        device = next(self.net.parameters()).device
+        device = _device_of(self.net)
         moments = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in images.split(self.batch):
-                posterior = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]
-                mean_std = torch.stack([posterior.mean, posterior.std], dim=1)  # (n, 2, C, h, w)
+                if self.kind == "tokenizer":
+                    mean, std = self._checked_posterior(part.to(device, torch.float32))
+                else:
+                    posterior = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]
+                    mean, std = posterior.mean, posterior.std
+                mean_std = torch.stack([mean, std], dim=1)  # (n, 2, C, h, w)
                 if not torch.isfinite(mean_std).all():
                     raise RunError(f"autoencoder {self.name}: a latent is not finite; check the weights")
                 moments.append(mean_std)
         return torch.cat(moments)  # (N, 2, C, h, w)
+
+    def _checked_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean, standard deviation) of a package's encoder, (n, C, h, w) each; UserError for anything else."""
+        import torch
+
+        out = _autoencoder(self.net).encode(x)
+        mean, std = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
+        shape = (len(x), self.channels, x.shape[2] // self.factor, x.shape[3] // self.factor)
+        for value in (mean,) if std is None else (mean, std):
+            if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+                came = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+                raise UserError(f"autoencoder {self.name}: expected latents {shape} from encode, came {came}")
+        return mean.float(), torch.zeros_like(mean, dtype=torch.float32) if std is None else std.float()
+
+    def check_round_trip(self, images: np.ndarray) -> None:
+        """Encode and decode images, uint8 (n, H, W, C), by a package's autoencoder; nothing for other kinds.
+
+        Raises UserError where they do not come back within the `round_trip` that it states, and where latents are not of
+        standard deviation 1 within a factor of MAX_SPREAD.
+        """
+        if self.kind != "tokenizer":
+            return
+        import torch
+
+        x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+        mean, std = self.posterior(x.contiguous()).unbind(1)
+        back = self.decode(mean).cpu()
+        if back.shape != x.shape:
+            raise UserError(f"autoencoder {self.name}: images {tuple(x.shape)} come back as {tuple(back.shape)}")
+        error = float((back - x).square().mean().sqrt())
+        limit = registry.autoencoders.get(self.name).round_trip
+        if error > limit:
+            raise UserError(
+                f"autoencoder {self.name}: images come back with an error of {error:.3g} (root mean square, of images in [-1, 1]), "
+                f"and its round_trip is {limit:g}: does decode undo the normalisation of encode?"
+            )
+        spread = float((mean.var(correction=0) + std.square().mean()).sqrt())
+        if not 1 / MAX_SPREAD < spread < MAX_SPREAD:
+            raise UserError(
+                f"autoencoder {self.name}: latents have the standard deviation {spread:.3g}, and encode must scale them to "
+                "about 1, as diffusion needs"
+            )
+        logger.info(
+            f"autoencoder {self.name}: round trip {error:.3g} (limit {limit:g}), latents of spread {spread:.3g}"
+        )
 
 
 def load_autoencoder(
@@ -154,6 +215,10 @@ def load_autoencoder(
     that fit; None: as in `harness.weights.files.open_weights`. Nothing in the file is executed. UserError
     for what is missing, cannot be read or does not fit.
     """
+    if isinstance(found := resolve(name), Tokenizer):
+        if weights is not None or entry is not None:
+            raise UserError(f"decoder {name} is a package's and brings its own weights; leave out {flag}")
+        return _load_tokenizer(found, device, batch)
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)
     tensors, notes, digest = read_tensors(file, entry)
@@ -199,12 +264,102 @@ def load_autoencoder(
     )
 
 
+def _load_tokenizer(tokenizer: Tokenizer, device: str, batch: int | None) -> Decoder:
+    """The autoencoder of a package. Its weights are hashed as they are in memory."""
+    import torch
+
+    net = _build_tokenizer(tokenizer)
+    code = registry.autoencoders.code(tokenizer.name)
+    digest = hashlib.sha256()
+    for name, value in sorted(net.state_dict().items()):
+        array = value.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {tuple(array.shape)}\0".encode())
+        digest.update(array.flatten().view(torch.uint8).numpy().tobytes() if array.numel() else b"")
+    return Decoder(
+        name=tokenizer.name,
+        kind="tokenizer",
+        scale_factor=1.0,  # its own affair
+        channels=tokenizer.channels,
+        factor=tokenizer.factor,
+        sha256=digest.hexdigest(),
+        config={
+            "tokenizer": tokenizer.name,
+            "image_channels": tokenizer.image_channels,
+            "code_sha256": None if code is None else code.sha256,
+        },
+        source=tokenizer.name,
+        notes=(),
+        net=net.to(device),
+        batch=batch or (1 if device.startswith("cpu") else BATCH),
+    )
+
+
+def _build_tokenizer(tokenizer: Tokenizer) -> nn.Module:
+    """The network of a package's autoencoder with its weights. Raises UserError in one line for every error of its code."""
+    import torch
+
+    builder = load_attribute(tokenizer.builder, f"builder of autoencoder {tokenizer.name!r}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            net = builder()
+    except (UserError, RunError, MemoryError):
+        raise
+    except Exception as error:  # other people's code can raise anything
+        raise UserError(f"autoencoder {tokenizer.name!r}: its builder failed: {one_line(error)}") from error
+    if not isinstance(net, torch.nn.Module):
+        raise UserError(
+            f"autoencoder {tokenizer.name!r}: its builder gave a {type(net).__name__}, not a torch.nn.Module"
+        )
+    return net.eval().requires_grad_(False)
+
+
+def tokenizer_compute(tokenizer: Tokenizer, *, image_size: int = 256, direction: str = "decode") -> Compute:
+    """As `traced_compute`, of a package's autoencoder."""
+    import torch
+
+    check_compute_arguments(tokenizer.factor, image_size, direction)
+    side, channels = image_size, tokenizer.image_channels
+    if direction == "decode":
+        side, channels = image_size // tokenizer.factor, tokenizer.channels
+    net = _build_tokenizer(tokenizer).to("meta")
+    method = _autoencoder(net).decode if direction == "decode" else _autoencoder(net).encode
+    return _count(tokenizer.name, net, lambda: method(torch.zeros(1, channels, side, side, device="meta")))
+
+
+def _device_of(net: nn.Module) -> torch.device:
+    """The device of the weights; of a network without any, the CPU."""
+    import torch
+
+    tensor = next(chain(net.parameters(), net.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def read_identity(name: str, flag: str, entry: str | None = None) -> dict[str, Any]:
+    """`Decoder.identity` of the AutoencoderKL `name`, computed from its files without loading it; of a package's
+    autoencoder, which is built for it.
+
+    entry: of the weight file, as for `load_autoencoder`. The kind is not checked: for an autoencoder with a codebook, the
+    result is different from all decoders' identities.
+    """
+    if isinstance(resolve(name), Tokenizer):
+        return load_autoencoder(name, entry=entry).identity
+    known, path, _ = find(name, None, flag)
+    config, file = locate(path, flag)
+    config = KL_CONFIG if config is None else config
+    digest = sha256(file) if not is_index(file) else open_weights(file).sha256()
+    recorded, found = record_name(known, "kl", digest), unusual_entry(entry, partial(open_autoencoder, file))
+    return identity(recorded, digest, *scale_and_shift(config), kl_settings(config), found)
+
+
 def decoder_compute(name: str, image_size: int = 256, direction: str = "decode") -> Compute:
     """Compute of a known decoder in closed form, without its weights and without a framework.
 
     direction: "decode" or "encode". UserError for a path: such a decoder is counted after loading (`Decoder.compute`).
     """
     found = resolve(name)
+    if isinstance(found, Tokenizer):
+        return tokenizer_compute(found, image_size=image_size, direction=direction)
     if isinstance(found, Path):
         raise UserError(f"decoder {name} is a path; only {', '.join(KNOWN)} are counted without loading them")
     return BY_NAME[found.spec].count(direction, image_size)
@@ -219,8 +374,7 @@ def traced_compute(
     """
     import torch
 
-    from harness.compute.meta_torch import FusedAttention, neutral_state
-    from harness.compute.trace_torch import OperatorCounter, follow_modules
+    from harness.compute.meta_torch import neutral_state
 
     if kind == "vq":
         factor_ = factor(config["multipliers"])
@@ -228,19 +382,38 @@ def traced_compute(
     else:
         factor_ = 2 ** (len(config["block_out_channels"]) - 1)
         latent_channels, image_channels = config.get("latent_channels", 4), config.get("in_channels", 3)
+    check_compute_arguments(factor_, image_size, direction)
+
+    def call() -> None:
+        if direction == "decode":
+            latent_side = image_size // factor_
+            _decode(kind, net, torch.zeros(1, latent_channels, latent_side, latent_side, device="meta"))
+        else:
+            _encode(kind, net, torch.zeros(1, image_channels, image_size, image_size, device="meta"))
+
+    with neutral_state():
+        net = _build(kind, config, Path("config"))  # there is no such file: the path is only for messages
+        return _count(kind, net, call)
+
+
+def check_compute_arguments(factor_: int, image_size: int, direction: str) -> None:
+    """Raise UserError for a size that the factor does not divide, and for an unknown direction."""
     if image_size < 1 or image_size % factor_:
         raise UserError(f"image size {image_size} is not a multiple of the autoencoder's factor {factor_}")
     if direction not in ("decode", "encode"):
         raise UserError(unknown("direction", direction, ("decode", "encode")))
-    with neutral_state():
-        net = _build(kind, config, Path("config"))  # there is no such file: the path is only for messages
-        counter = OperatorCounter(f"autoencoder {kind}", uncounted_norms=())
-        with follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
-            if direction == "decode":
-                latent_side = image_size // factor_
-                _decode(kind, net, torch.zeros(1, latent_channels, latent_side, latent_side, device="meta"))
-            else:
-                _encode(kind, net, torch.zeros(1, image_channels, image_size, image_size, device="meta"))
+
+
+def _count(name: str, net: nn.Module, call: Callable[[], object]) -> Compute:
+    """Compute of a call of `net`, which is on the meta device. name: of the autoencoder, for messages."""
+    import torch
+
+    from harness.compute.meta_torch import FusedAttention, neutral_state
+    from harness.compute.trace_torch import OperatorCounter, follow_modules
+
+    counter = OperatorCounter(f"autoencoder {name}", uncounted_norms=())
+    with neutral_state(), follow_modules(net, counter.modules), counter, FusedAttention(), torch.no_grad():
+        call()
     params = sum(each.numel() for each in net.parameters())
     return Compute(params=params, rows=tuple(counter.rows), source="traced")
 
@@ -260,7 +433,7 @@ def _autoencoder(net: nn.Module) -> _Autoencoder:
 def _decode(kind: str, net: nn.Module, z: torch.Tensor) -> torch.Tensor:
     """Latents z (n, C, h, w), unscaled, to images (n, image channels, H, W)."""
     autoencoder = _autoencoder(net)
-    return autoencoder.decode(z) if kind == "vq" else autoencoder.decode(z, return_dict=False)[0]
+    return autoencoder.decode(z, return_dict=False)[0] if kind == "kl" else autoencoder.decode(z)
 
 
 def _encode(kind: str, net: nn.Module, x: torch.Tensor) -> torch.Tensor:

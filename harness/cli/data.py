@@ -161,7 +161,7 @@ def reference(
     type=TEXT,
     required=True,
     metavar="DIR|NAME",
-    help="A diffusers AutoencoderKL: a folder, or ft-ema, ft-mse.",
+    help="A diffusers AutoencoderKL (a folder, or ft-ema, ft-mse), or a name of `harness list autoencoders`.",
 )
 @entry_option
 @click.option("--out", type=PATH, required=True, metavar="DIR", help="The folder to make.")

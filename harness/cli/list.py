@@ -17,10 +17,16 @@ NOUNS = {
     "protocols": registry.protocols,
     "datasets": registry.datasets,
     "samplers": registry.samplers,
+    "objectives": registry.objectives,
+    "guidance": registry.guidance_rules,
     "auxiliary-losses": registry.auxiliary_losses,
+    "autoencoders": registry.autoencoders,
     "suites": registry.suites,
     "features": registry.features,
     "metrics": registry.metrics,
+    "loggers": registry.loggers,
+    "launchers": registry.launchers,
+    "figures": registry.figures,
 }
 
 

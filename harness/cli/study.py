@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from harness import registry
 from harness.cli.flags_from_settings import PATH, Value, json_option, plugin_option
 from harness.cli.tables import print_report, print_table, table_console
 from harness.errors import RunError, UserError
 from harness.io.progress import QUIET_SECONDS, duration
 from harness.io.text import read_pair
-from harness.studies import load, slurm
+from harness.studies import load, package, slurm
 from harness.studies.expand import Expansion, expand
 from harness.studies.local import Launcher
 from harness.studies.state import Overview, overview
@@ -36,10 +37,10 @@ STYLES = {"done": "green", "running": "bold", "failed": "red", "interrupted": "y
 @click.option("--report", "only_report", is_flag=True, help="Only write the report of the records so far.")
 @click.option(
     "--launcher",
-    type=click.Choice(["local", "slurm"]),
+    metavar="NAME",
     default="local",
     show_default=True,
-    help="local: processes on this machine; slurm: one job for each run on a SLURM cluster (extra `slurm`).",
+    help="local: processes on this machine; slurm: one job for each run on a SLURM cluster (extra `slurm`); or a package's.",
 )
 @click.option("--jobs", type=click.IntRange(1), help="For local: number of runs at the same time. [default: 1]")
 @click.option(
@@ -78,6 +79,7 @@ def command(
         raise UserError("--slurm needs --launcher slurm")
     if jobs and launcher != "local":
         raise UserError("--jobs needs --launcher local; with slurm each run is one job")
+    registry.launchers.get(launcher)  # refuses an unknown one
     study = expand(load(file).with_plugins(plugin))
     if status:
         now = overview(study, slurm.queue(study))
@@ -88,6 +90,8 @@ def command(
     if launcher == "slurm" and not only_report:
         overrides = {name: slurm.parse_setting(text) for name, text in settings}
         state = slurm.submit(study, overrides, retry_failed=retry_failed)
+    elif launcher != "local" and not only_report:
+        state = package.launch(study, launcher, retry_failed=retry_failed)
     elif not only_report:
         state, stopped = launch(study, jobs=jobs or 1, retry_failed=retry_failed)
     if stopped:

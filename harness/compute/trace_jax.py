@@ -244,6 +244,7 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
         return jax.ShapeDtypeStruct((1, *shape), jnp.float32)
 
     integer = jax.ShapeDtypeStruct((1,), jnp.int32)  # for t and for y
+    t = integer if spec.time == "timestep" else floats()
     if spec.kind == "generator":
         return floats(arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")
@@ -252,8 +253,8 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
         return x, integer
     if spec.kind == "upsampler":
         low_size = arguments.get("low_res_size", size // 4)
-        return x, integer, integer, floats(channels, low_size, low_size)
-    return x, integer, integer
+        return x, t, integer, floats(channels, low_size, low_size)
+    return x, t, integer
 
 
 @contextlib.contextmanager

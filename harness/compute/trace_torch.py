@@ -90,7 +90,7 @@ COUNTED: dict[str, tuple[str, Callable[[tuple[Any, ...], Any], int]]] = {
 """Operators that the convention counts: kind of row, and function from (arguments, result) to flops."""
 
 _FREE_NAMES = """
-    abs acos add addcdiv addcmul all alias amax amin any arange argmax as_strided asin atan atan2 bernoulli bitwise_and
+    abs acos add addcdiv addcmul all alias amax amin any arange argmax argsort as_strided asin atan atan2 bernoulli bitwise_and
     bitwise_not bitwise_or bitwise_xor cat ceil celu clamp clamp_max clamp_min clone constant_pad_nd contiguous copy
     copy_ cos cosh cumsum detach diagonal div dropout elu embedding empty empty_like empty_permuted empty_strided eq
     erf exp exp2 expand expm1 eye fill fill_ flatten flip floor floor_divide fmod full full_like gather ge gelu glu gt
@@ -98,10 +98,10 @@ _FREE_NAMES = """
     lift_fresh lift_fresh_copy linspace log log10 log1p log2 log_sigmoid_forward _log_softmax logical_and logical_not
     logical_or logsumexp lt masked_fill maximum max mean min minimum mish movedim mul multiply native_dropout ne neg
     new_empty new_empty_strided new_full new_ones new_zeros normal normal_ one_hot ones ones_like permute pixel_shuffle
-    pixel_unshuffle pow prod rand rand_like randn randn_like reciprocal reflection_pad1d reflection_pad2d relu
-    remainder repeat repeat_interleave replication_pad2d reshape roll round rsqrt rsub scalar_tensor scatter select
-    selu sigmoid sign silu sin sinh slice slice_scatter softplus _softmax _safe_softmax split split_with_sizes sqrt
-    squeeze stack std sub sum t tan tanh tile _to_copy to transpose tril triu true_divide trunc unbind unfold unflatten
+    pixel_unshuffle pow prod rand rand_like randint randn randn_like randperm reciprocal reflection_pad1d reflection_pad2d relu
+    remainder repeat repeat_interleave replication_pad2d reshape roll round rsqrt rsub scalar_tensor scatter scatter_add select
+    selu sigmoid sign silu sin sinh slice slice_scatter softplus _softmax _safe_softmax sort split split_with_sizes sqrt
+    squeeze stack std sub sum t tan tanh tile _to_copy to topk transpose tril triu true_divide trunc unbind unfold unflatten
     _unsafe_view unsqueeze var var_mean view view_as_complex view_as_real where zero_ zeros zeros_like
     avg_pool1d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d max_pool2d max_pool2d_with_indices im2col col2im
     upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
@@ -245,21 +245,23 @@ def _difference(out: Tensor, expected: Tensor) -> float:
     return float((out.double() - expected.double()).abs().max()) / scale
 
 
-def trace(spec: BackboneSpec, **overrides: object) -> Compute:
+def trace(spec: BackboneSpec, *, training: bool = False, **overrides: object) -> Compute:
     """Compute of one forward pass of the torch network on one image, counted operator by operator.
+
+    training: in training mode, else in evaluation mode.
 
     `overrides` are arguments of the builder. Rows are named by the qualified name of the innermost module. `params` counts
     the parameters that require a gradient. Raises RunError for an operator that is neither counted, nor declared
     (`harness.compute.register_flops`), nor known to be free.
     """
-    return trace_and_doubt(spec, **overrides)[0]
+    return trace_and_doubt(spec, training=training, **overrides)[0]
 
 
-def trace_and_doubt(spec: BackboneSpec, **overrides: object) -> tuple[Compute, Blind]:
+def trace_and_doubt(spec: BackboneSpec, *, training: bool = False, **overrides: object) -> tuple[Compute, Blind]:
     """As `trace`, with what the count may have missed."""
     arguments = spec.arguments(**overrides)
     with neutral_state():
-        net = build_on_meta(spec, overrides).eval()
+        net = build_on_meta(spec, overrides).train(training)
         inputs = example_inputs(spec, arguments)
         counter = OperatorCounter(spec.name, spec.uncounted_norms)
         try:

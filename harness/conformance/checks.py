@@ -178,7 +178,7 @@ def inputs_matter(subject: Subject) -> None:
 
 def fractional_times(subject: Subject) -> str | None:
     """Times that are floats, as objectives in continuous time give them."""
-    if subject.spec.kind == "generator":
+    if subject.spec.kind == "generator" or subject.spec.time != "timestep":  # whose times are floats in all checks
         return None
     inputs = subject.inputs()
     times = (inputs["t"] / 1000).astype(np.float32)
@@ -262,7 +262,7 @@ def training_mode(subject: Subject) -> str | None:
             f"expected weights that a call leaves as they are, came a changed {changed[0]}: running statistics of a batch "
             "make an image depend on others"
         )
-    if _difference(training, evaluation) > SAME_IMAGE:
+    if _difference(training, evaluation) > SAME_IMAGE and not subject.spec.masked_training:
         return "computes something else in training than in sampling: right for dropout, wrong for anything else"
     return None
 
@@ -331,6 +331,8 @@ def compute(subject: Subject) -> str | None:
         remarks.append(f"the compute is traced: {traced.gflops:.4g} Gflops, {traced.params:,} parameters")
     if subject.framework == "torch":
         _check_on_device(subject, traced)
+        if (remark := _compare_training(subject, traced)) is not None:
+            remarks.append(remark)
     if blind.silent:
         remarks.append(
             f"autograd.Function {', '.join(dict.fromkeys(blind.silent))} counts nothing, because nothing is computed in it on "
@@ -363,6 +365,32 @@ def closed_form(subject: Subject, traced: Compute | None = None) -> None:
             f"expected {traced.flops:,} flops and {traced.params:,} parameters, as traced from the network, came "
             f"{stated.flops:,} and {stated.params:,} from closed_form of the spec"
         )
+
+
+def _compare_training(subject: Subject, traced: Compute) -> str | None:
+    """The compute of training mode, stated or not, against the torch network. traced: in evaluation mode."""
+    from harness.compute.trace_torch import trace
+
+    try:
+        found = trace(subject.spec, training=True, **subject.arguments)
+    except (UserError, RunError) as error:
+        if subject.spec.masked_training:
+            raise Failure(f"expected a forward pass in training mode that can be counted, came {error}") from error
+        return None  # what training mode adds, such as dropout of its own, needs no count
+    if not subject.spec.masked_training:
+        if found.flops != traced.flops:
+            raise Failure(
+                f"expected {traced.flops:,} flops in training mode, as in sampling, came {found.flops:,}: give the spec "
+                "masked_training=True, so that training compute is counted by what training computes"
+            )
+        return None
+    stated = subject.spec.count(**subject.arguments).in_training
+    if stated.flops != found.flops:
+        raise Failure(
+            f"expected {found.flops:,} flops in training mode, as traced from the network, came {stated.flops:,} in "
+            "Compute.training of the closed form"
+        )
+    return f"masked training: {found.gflops:.4g} Gflops in training, {traced.gflops:.4g} in sampling"
 
 
 def _check_declarations(blind: Blind) -> None:

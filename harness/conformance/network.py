@@ -64,10 +64,13 @@ class Network(Protocol):
 def make_inputs(spec: BackboneSpec, arguments: Mapping[str, Any], images: int, seed: int = 0) -> Inputs:
     """Random inputs for a call of the network, by name and in order: see `harness.spec.KINDS`.
 
-    x and low_res float32 (N, C, H, W) and z float32 (N, Z), standard normal; t int64 (N,) of 1000 timesteps; y int64 (N,).
+    x and low_res float32 (N, C, H, W) and z float32 (N, Z), standard normal; t int64 (N,) of 1000 timesteps, or
+    float32 (N,) in the form that the spec states; y int64 (N,).
     """
     rng = np.random.default_rng(seed)
     t = rng.integers(1, 999, images)
+    if spec.time != "timestep":
+        t = (t / 1000 if spec.time == "unit" else t / 100 - 5).astype(np.float32)
     # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = rng.integers(0, max(arguments.get("num_classes", 0), 1), images)
 

@@ -18,8 +18,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from harness.autoencoders.files import read_identity
-from harness.autoencoders.load import Decoder
+from harness.autoencoders.load import Decoder, read_identity
 from harness.data import latents
 from harness.data.images import ImageSet
 from harness.data.latents import DTYPE, LABELS, LATENTS, META, Meta
@@ -33,6 +32,7 @@ from harness.runs.run import identity_difference
 
 logger = logging.getLogger(__name__)
 
+ROUND_TRIP = 16  # images that a package's autoencoder encodes and decodes before it is used
 JOURNAL = f"chunks{files.PARTIAL}"
 # what a folder may hold before it has its meta.json
 OWN_FILES = {JOURNAL, LATENTS, f"{LATENTS}{files.PARTIAL}", LABELS, f"{LABELS}{files.PARTIAL}", f"{META}{files.PARTIAL}"}  # fmt: skip
@@ -67,7 +67,7 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
     data = source.images
     count, height, width, channels = data.images.shape
     images = _image_facts(source)
-    if vae.kind != "kl":
+    if vae.kind == "vq":
         raise UserError(
             f"{vae.name} has a codebook and no posterior; latents are made by an AutoencoderKL, such as ft-ema"
         )
@@ -76,13 +76,15 @@ def make_cache(source: NamedImages, vae: Decoder, out: Path, *, environment: Map
             f"{data.name} has images {height}x{width}x{channels}; autoencoder {vae.name} takes squares of "
             f"{vae.image_channels} channels whose side is a multiple of {vae.factor}"
         )
+    vae.check_round_trip(data.images[:ROUND_TRIP])
     shape = (count, 2, 2, vae.channels, height // vae.factor, width // vae.factor)
     # as it is read back from the journal, where tuples have become lists
     contents = json.loads(json.dumps({"images": images, "vae": vae.identity, "shape": shape}))
     vae_path = Path(vae.source)  # does not exist if the source is "repository@revision"
+    is_path = vae.kind != "tokenizer" and vae_path.exists()
     source_paths = {
         "images": source.name,
-        "vae": str(vae_path.resolve()) if vae_path.exists() else vae.source.partition("@")[0],
+        "vae": str(vae_path.resolve()) if is_path else vae.source.partition("@")[0],
     }
     if out.is_file():
         raise UserError(f"--out {out} is a file; name a folder")

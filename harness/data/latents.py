@@ -258,6 +258,13 @@ def _autoencoder_for(protocol: Protocol) -> tuple[str, str]:
     side = protocol.resolution // protocol.input_size
     if (protocol.image_channels, protocol.in_channels, side) == ft_ema:
         return "ft-ema", ""
+    of_packages = [
+        each.name
+        for each in registry.autoencoders
+        if (each.image_channels, each.channels, each.factor) == (protocol.image_channels, protocol.in_channels, side)
+    ]
+    if of_packages:
+        return of_packages[0], ""
     latents = f"latents of {protocol.in_channels} channels, a cell for {side}x{side} pixels"
     return "DIR", f" (DIR: an AutoencoderKL of diffusers for images of {protocol.image_channels} channels, {latents})"
 

@@ -102,7 +102,7 @@ class Redrawer:
         )
         batch = min(drawing.batch, count)
         sampler = get_backend(self.run.framework).make_sampler(
-            request, self.run, weights or self.ema, plan_of(self.run.recipe, request.sampling, steps),
+            request, self.run, weights or self.ema, plan_of(self.run.recipe, request.sampling, steps, request.spec.time),
             precision=precision or drawing.precision, batch=batch, compile="off", decoder=decoder,
         )  # fmt: skip
         # As many labels as the sample set has, so that a label does not depend on how many images are drawn again.

@@ -22,6 +22,7 @@ import numpy as np
 
 from harness.diffusion.grids import END_MARGIN
 from harness.diffusion.guidance import Guidance, read_interval
+from harness.diffusion.network_times import network_time
 from harness.diffusion.objectives import Objective, image_from
 from harness.diffusion.processes import Coefficients, Namespace, Process
 from harness.errors import UserError
@@ -83,6 +84,7 @@ class AdaptivePlan:
     begin: float
     end: float
     learned_variance: bool = False  # no: an ODE draws no noise
+    time: str = "timestep"  # the form of the network's time (`harness.spec.TIMES`)
 
     @property
     def initial_noise(self) -> float:
@@ -149,7 +151,7 @@ class AdaptivePlan:
 
     def network_inputs(self, x: Array, t: Array, xp: Namespace) -> tuple[Array, Array]:
         """(x as the network sees it, float32 as x; t as it is given to the network, float32 as t (N,))."""
-        given: Array = (self.objective.network_time or self.process.network_time)(t, xp)
+        given: Array = network_time(self.time, self.objective, self.process, t, lambda: self._at(t, xp), xp)
         if self.objective.input_scale is None:
             return x, given
         return self.objective.input_scale(self._at(t, xp), xp) * x, given
@@ -182,9 +184,16 @@ class AdaptivePlan:
 
 
 def make_adaptive_plan(
-    name: str, objective: Objective, process: Process, *, first: float, last: float, clip_denoised: bool
+    name: str,
+    objective: Objective,
+    process: Process,
+    *,
+    first: float,
+    last: float,
+    clip_denoised: bool,
+    time: str = "timestep",
 ) -> AdaptivePlan:
-    """The plan of the adaptive sampler. first, last: range of t in which the network can be asked.
+    """The plan of the adaptive sampler. first, last: range of t in which the network can be asked. time: of the backbone.
 
     Raises UserError where the slope is not finite inside of that range.
     """
@@ -192,7 +201,7 @@ def make_adaptive_plan(
     def ending_at(end: float) -> AdaptivePlan:
         return AdaptivePlan(
             name=name, schedule=process.name, clip_denoised=clip_denoised, objective=objective, process=process,
-            begin=last, end=end,
+            begin=last, end=end, time=time,
         )  # fmt: skip
 
     def is_finite(plan: AdaptivePlan, t: float) -> bool:

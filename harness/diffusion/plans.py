@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from harness.diffusion.network_times import network_time
 from harness.diffusion.objectives import Objective, image_from
 from harness.diffusion.processes import Coefficients, Process
 from harness.diffusion.schedule import Schedule
@@ -84,18 +85,18 @@ def make_plan(
     steps: int,
     eta: float | None,
     clip_denoised: bool,
+    time: str = "timestep",
 ) -> SamplerPlan:
-    """The plan of a sampler's table for networks of `objective`.
+    """The plan of a sampler's table for networks of `objective`. time: of the backbone (`harness.spec.TIMES`).
 
     Raises UserError where the image does not follow from the network's output at one of the times.
     """
     if isinstance(process, Schedule):
         at = Coefficients(table.a, table.s, np.nan, np.nan)  # a table of timesteps has no derivatives
-        network_times = table.times
     else:
         at = process.coefficients(table.times, np)
-        network_times = (objective.network_time or process.network_time)(table.times, np)
     with np.errstate(divide="ignore", invalid="ignore"):
+        network_times = network_time(time, objective, process, table.times, lambda: at, np)
         from_x, from_output = image_from(at, objective.target(at, np))
         x0_from_x, x0_from_output = (
             np.broadcast_to(each, len(table.times)).astype(np.float64) for each in (from_x, -from_output)

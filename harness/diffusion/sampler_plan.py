@@ -36,12 +36,13 @@ def sampler_plan(
     clip_denoised: bool = False,
     spacing: str = "",
     noise_scale: float = 1.0,
+    time: str = "timestep",
 ) -> AnyPlan:
     """The plan of `sampler` with `steps` steps. Cached, because cost estimates need the same plan many times.
 
     sampler: a name, with values of its options or without (`harness.diffusion.samplers.read_sampler`). steps: without
     meaning for an adaptive sampler. diffusion_steps: length of a schedule over timesteps, of which the sampler takes some.
-    eta: for samplers that have it.
+    eta: for samplers that have it. time: of the backbone (`harness.spec.TIMES`).
     Raises UserError for an unknown name, and for a sampler, schedule, objective and steps that do not fit each other.
     """
     from harness.diffusion.samplers import read_sampler
@@ -50,7 +51,7 @@ def sampler_plan(
     # The key of the cache holds what the names stand for: a name that is registered anew gets a new plan.
     return _cached_plan(
         spec, tuple(options.items()), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
-        clip_denoised, spacing, noise_scale,
+        clip_denoised, spacing, noise_scale, time,
     )  # fmt: skip
 
 
@@ -91,8 +92,9 @@ def not_known(sampler: str) -> UserError:
 
 
 def reference_plan(
-    plan: SamplerPlan, *, objective: str, schedule: str, diffusion_steps: int, noise_scale: float = 1.0
-) -> SamplerPlan:
+    plan: SamplerPlan, *, objective: str, schedule: str, diffusion_steps: int, noise_scale: float = 1.0,
+    time: str = "timestep",
+) -> SamplerPlan:  # fmt: skip
     """The plan of a second network that is evaluated at the rows of `plan`, on the same x: its own times and coefficients.
 
     Such a network gives no variance: the variance channels that it may have are not used. Raises UserError where its
@@ -104,9 +106,11 @@ def reference_plan(
     from harness.diffusion.training import check_fit, process_named
 
     process, found = process_named(schedule, diffusion_steps, noise_scale), registry.objectives.get(objective)
-    check_fit(found, process)
+    check_fit(found, process, time)
     table = dataclasses.replace(plan.table, log_variances=None)
-    return make_plan(plan.name, table, found, process, steps=plan.steps, eta=plan.eta, clip_denoised=plan.clip_denoised)
+    return make_plan(
+        plan.name, table, found, process, steps=plan.steps, eta=plan.eta, clip_denoised=plan.clip_denoised, time=time
+    )
 
 
 def check_guided_rows(plan: AnyPlan, guidance: Guidance) -> None:
@@ -139,6 +143,7 @@ def _cached_plan(
     clip_denoised: bool,
     spacing: str,
     noise_scale: float,
+    time: str,
 ) -> AnyPlan:
     from harness.diffusion.plans import make_plan
     from harness.diffusion.processes import Process
@@ -146,9 +151,9 @@ def _cached_plan(
     from harness.diffusion.training import check_fit, process_named, time_range
 
     process = process_named(schedule, diffusion_steps, noise_scale)
-    check_fit(objective, process)
+    check_fit(objective, process, time)
     if spec.make is None:
-        return _adaptive_plan(spec.name, objective, process, spacing, clip_denoised)
+        return _adaptive_plan(spec.name, objective, process, spacing, clip_denoised, time)
     first, last = time_range(objective, process) if isinstance(process, Process) else (0.0, 0.0)
     task = SamplerTask(
         process=process,
@@ -168,11 +173,12 @@ def _cached_plan(
         steps=steps,
         eta=eta if spec.has_eta else None,
         clip_denoised=clip_denoised,
+        time=time,
     )
 
 
 def _adaptive_plan(
-    sampler: str, objective: Objective, process: Schedule | Process, spacing: str, clip_denoised: bool
+    sampler: str, objective: Objective, process: Schedule | Process, spacing: str, clip_denoised: bool, time: str
 ) -> AdaptivePlan:
     from harness.diffusion.adaptive import make_adaptive_plan
     from harness.diffusion.processes import PROCESSES, Process
@@ -186,4 +192,6 @@ def _adaptive_plan(
     if spacing:
         raise UserError(f"the sampler {sampler} chooses its own times: leave out the spacing {shown(spacing)}")
     first, last = time_range(objective, process)
-    return make_adaptive_plan(sampler, objective, process, first=first, last=last, clip_denoised=clip_denoised)
+    return make_adaptive_plan(
+        sampler, objective, process, first=first, last=last, clip_denoised=clip_denoised, time=time
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from harness import registry
+from harness.diffusion.network_times import check_time, network_time
 from harness.diffusion.objectives import Objective, image_from, is_constant
 from harness.diffusion.processes import PROCESSES, Coefficients, Floats, Namespace, Process
 from harness.diffusion.schedule import SCHEDULES, Schedule
@@ -44,8 +45,9 @@ def process_named(schedule: str, diffusion_steps: int, noise_scale: float = 1.0)
 WITHOUT_SLOPES = Coefficients(np.float64(0.6), np.float64(0.8), np.float64(np.nan), np.float64(np.nan))
 
 
-def check_fit(objective: Objective, process: Schedule | Process) -> None:
-    """Raise UserError where `objective` is not defined on `process`."""
+def check_fit(objective: Objective, process: Schedule | Process, time: str = "timestep") -> None:
+    """Raise UserError where `objective` is not defined on `process`, or a network's time is not (`harness.spec.TIMES`)."""
+    check_time(time, process)
     if objective.schedules is not None and process.name not in objective.schedules:
         raise UserError(
             f"the objective {objective.name} is defined on the schedule {' or '.join(objective.schedules)}, not on "
@@ -125,13 +127,14 @@ class TrainingObjective:
     time_parameters: tuple[float, float]
     loss_weight: str  # "none", or a key of LOSS_WEIGHTS
     weight_parameter: float
+    time: str = "timestep"  # the form of the network's time (`harness.spec.TIMES`)
 
     @classmethod
-    def from_recipe(cls, recipe: Recipe) -> TrainingObjective:
-        """Raises UserError for unknown names and for parts that do not fit each other."""
+    def from_recipe(cls, recipe: Recipe, time: str = "timestep") -> TrainingObjective:
+        """Raises UserError for unknown names and for parts that do not fit each other. time: of the backbone."""
         objective = registry.objectives.get(recipe.objective)
         process = process_named(recipe.schedule, recipe.diffusion_steps, recipe.noise_scale)
-        check_fit(objective, process)
+        check_fit(objective, process, time)
         distribution, parameters = _parse(
             "time_distribution", recipe.time_distribution, ["uniform", *TIME_DISTRIBUTIONS], 2
         )
@@ -155,6 +158,7 @@ class TrainingObjective:
             time_parameters=(parameters[0], parameters[1]) if parameters else (0.0, 1.0),
             loss_weight=weight,
             weight_parameter=weight_parameters[0] if weight_parameters else default,
+            time=time,
         )
 
     @property
@@ -177,6 +181,10 @@ class TrainingObjective:
             first = max(first, SMALLEST_TIME)
             t = first + (last - first) * t
         return t
+
+    def network_time(self, t: Floats, at: Callable[[], Coefficients], xp: Namespace) -> Floats:
+        """What the network is given as time at t (N,); `at` returns the process there."""
+        return network_time(self.time, self.objective, self.process, t, at, xp)
 
     def squared_error(
         self, output: Floats, x0: Floats, noise: Floats, t: Floats, at: Coefficients, xp: Namespace

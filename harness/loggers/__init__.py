@@ -12,17 +12,12 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
+from harness import registry
 from harness.errors import UserError
 from harness.runs.run import Run
 from harness.spec import load_attribute
 
 logger = logging.getLogger(__name__)
-
-LOGGERS = {
-    # name: (library, which is also the name of the extra; "module:attribute" of a function (Run, steps done) -> Logger)
-    "tensorboard": ("tensorboard", "harness.loggers.tensorboard:TensorBoard"),
-    "wandb": ("wandb", "harness.loggers.weights_and_biases:WeightsAndBiases"),
-}
 
 
 class Logger(Protocol):
@@ -43,15 +38,17 @@ class Logger(Protocol):
 def check_installed(names: Sequence[str]) -> None:
     """Raise UserError for a logger whose library is missing, before anything is trained."""
     for name in names:
-        library, _ = LOGGERS[name]
-        if importlib.util.find_spec(library) is None:
-            raise UserError(f"--logger {name} needs {library}: pip install 'backbone-harness[{library}]'")
+        library = registry.loggers.get(name).requires
+        if library and importlib.util.find_spec(library) is None:
+            own = registry.loggers.owner(name) == registry.OWN_DISTRIBUTION  # whose extra has the library's name
+            package = f"'{registry.OWN_DISTRIBUTION}[{library}]'" if own else library
+            raise UserError(f"--logger {name} needs {library}: pip install {package}")
 
 
 class Loggers:
     """All loggers of a run. An error of a logger becomes a warning, and that logger gets no more calls.
 
-    names: keys of LOGGERS. done: steps trained so far. loss_terms: name -> weight in the loss, from the engine.
+    names: of `harness list loggers`. done: steps trained so far. loss_terms: name -> weight in the loss, from the engine.
     """
 
     def __init__(self, names: Sequence[str], run: Run, done: int, loss_terms: Mapping[str, float]):
@@ -59,7 +56,7 @@ class Loggers:
         self._open: dict[str, Logger] = {}
         for name in names:
             with self._guarded(name):
-                opened: Logger = load_attribute(LOGGERS[name][1], f"logger {name!r}")(run, done)
+                opened: Logger = load_attribute(registry.loggers.get(name).call, f"logger {name!r}")(run, done)
                 self._open[name] = opened
                 if opened.needs_past_steps:
                     for step, row in _past_rows(run, done):

@@ -10,8 +10,10 @@ import sys
 import time
 import types
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from harness.runs.run import Run
+if TYPE_CHECKING:  # the registry names this module
+    from harness.runs.run import Run
 
 # With a module of this name, tensorboard does not import TensorFlow.
 sys.modules.setdefault("tensorboard.compat.notf", types.ModuleType("notf"))

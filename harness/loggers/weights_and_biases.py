@@ -11,11 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import wandb
 
 from harness.io import files
-from harness.runs.run import Run
+
+if TYPE_CHECKING:  # the registry names this module
+    from harness.runs.run import Run
 
 
 class WeightsAndBiases:

@@ -55,7 +55,7 @@ def measured_cost(request: Request, measured: Measured) -> MeasuredCost:
     resolved, image_seconds = measured.resolved, min(measured.seconds.values())
     if resolved.compile == "on" and measured.compiled_seconds is not None:
         image_seconds = measured.compiled_seconds
-    forward_seconds = image_seconds / TRAINING_FACTOR
+    forward_seconds = image_seconds / TRAINING_FACTOR * (request.compute.flops / request.compute.in_training.flops)
     sampler_steps = request.sampling.steps if request.spec.kind == "denoiser" else ()
     # of one image in each of the sample sets, in sum; 0 if that is not known, and then no time of sampling is stated
     costs = [request.gflops_image(steps) for steps in sampler_steps]

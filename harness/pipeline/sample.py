@@ -190,7 +190,7 @@ def _pictures_of_run(
     wanted = dataclasses.replace(wanted, batch=min(wanted.batch, count))
     checkpoint = checkpoints.verify(run.ema_checkpoint(step))
     identity = with_grid(wanted.identity(run), grid)
-    plan = plan_of(run.recipe, request.sampling, steps)
+    plan = plan_of(run.recipe, request.sampling, steps, request.spec.time)
     name = f"step{step}-{wanted.short_settings}-{grid}-{files.sha256_json(identity)[:8]}"
     width = wanted.sampling.ema_width
     average = f", EMA width {width:g}" if width else ""
@@ -319,6 +319,7 @@ def sample_run(
             gflops_published_input=published_input_gflops(request),
             gflops_source="traced" if request.compute.source == "traced" else None,
             auxiliary=request.auxiliary,
+            forward_gflops=None if request.compute.training is None else request.compute.training.gflops,
             evaluations=request.evaluations(steps),
             decoder_gflops=None if decoder is None else decoder.compute(protocol.resolution).gflops,
             origin={**run.training_data, **run.fork},
@@ -326,12 +327,12 @@ def sample_run(
         labels=labels_of(wanted.sampling.label_policy, wanted.sampling.seed, wanted.count, protocol.num_classes),
         image=(protocol.resolution, protocol.resolution, protocol.image_channels),
         batch=wanted.batch,
-        steps=plan_of(run.recipe, request.sampling, steps).advances,
+        steps=plan_of(run.recipe, request.sampling, steps, request.spec.time).advances,
         title=f"sample {wanted.sampling.sampler}" + ("" if is_adaptive(wanted.sampling.sampler) else f"-{steps}"),
     )
 
     def make() -> Sampler:
-        plan = plan_of(run.recipe, request.sampling, steps)
+        plan = plan_of(run.recipe, request.sampling, steps, request.spec.time)
         return _sampler_of_average(run, request, wanted, checkpoint, plan, decoder, job.folder, group)
 
     description = {

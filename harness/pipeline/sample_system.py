@@ -231,7 +231,7 @@ def _check_decoder(system: System, decoder: Decoder) -> None:
     latent = system.base.spec.arguments(**system.base.arguments)
     made = (latent["in_channels"], latent["input_size"] * decoder.factor)  # channels of latents, side of images
     wanted = (decoder.channels, protocol.resolution)
-    if made != wanted or protocol.image_channels != 3:  # the decoders of `KNOWN` make RGB images
+    if made != wanted or protocol.image_channels != decoder.image_channels:
         raise UserError(
             f"system {system.name!r}: {system.base.backbone} makes {made[0]} channels that decode to {made[1]} pixels; "
             f"decoder {decoder.name} takes {wanted[0]} and protocol {protocol.name!r} has {wanted[1]}"

@@ -139,6 +139,7 @@ def fields_of_run(
     gflops: float,  # of a forward pass
     gflops_published_input: float | None,
     gflops_source: str | None = None,  # as in a record
+    forward_gflops: float | None = None,  # of a forward pass in training, if it is not `gflops`
     auxiliary: AuxiliaryCompute | None = None,  # of the recipe's auxiliary loss
     evaluations: int | None,  # None: not known before sampling, as for an adaptive sampler
     decoder_gflops: float | None,  # of an image; None: nothing to decode
@@ -148,7 +149,7 @@ def fields_of_run(
     sampling, decoder = sample_set.sampling, sample_set.decoder
     images = sample_set.step * recipe.batch
     training_gflops = (
-        gflops * sample_set.step * recipe.batch * TRAINING_FACTOR
+        (gflops if forward_gflops is None else forward_gflops) * sample_set.step * recipe.batch * TRAINING_FACTOR
     )  # another order could change the last bit
     auxiliary_gflops = None if auxiliary is None else auxiliary.training_flops * images / 1e9
     return RecordFields(
@@ -165,6 +166,7 @@ def fields_of_run(
             images=images,
             gflops=training_gflops + (auxiliary_gflops or 0.0),
             auxiliary_gflops=auxiliary_gflops,
+            forward_gflops=forward_gflops,
             precision=resolved.precision,
             micro_batch=resolved.micro_batch,
             checkpoint_sha256=sample_set.checkpoint_sha256,
@@ -321,7 +323,7 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
         if trained is None or gflops is None or trained.recipe.auxiliary:  # whose compute is not known here
             gflops = None
         else:
-            gflops += part.spec.count(**part.arguments).gflops * trained.images * TRAINING_FACTOR
+            gflops += part.spec.count(**part.arguments).in_training.gflops * trained.images * TRAINING_FACTOR
     return Training(
         steps=base.trained.steps,
         images=base.trained.images,

@@ -101,7 +101,7 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
 class RunSession:
     """A run that is being created or continued, with its data and its process group.
 
-    run: None until the run exists on disk. loggers: names of `harness.loggers.LOGGERS`. mesh: as --mesh gives it; None:
+    run: None until the run exists on disk. loggers: names of `harness list loggers`. mesh: as --mesh gives it; None:
     not given. Raises `UserError` if the data do not fit the protocol, or if the folder holds another run or other files.
     """
 

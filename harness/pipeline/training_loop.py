@@ -61,7 +61,7 @@ def train(
 
     gflops_step: training compute of a step, for the progress bar. state_bytes: size of a checkpoint. device: the device's
     name, under which checkpoints record the training time. group: the processes that train together. loggers: names of
-    `harness.loggers.LOGGERS`. snapshot_steps: further steps whose averages of the recipe's `ema_widths` are kept.
+    `harness list loggers`. snapshot_steps: further steps whose averages of the recipe's `ema_widths` are kept.
 
     Raises Stopped after Ctrl-C or SIGTERM, when the checkpoint is written; UserError if the run is past step `until` and
     the EMA weights of that step were not kept; RunError if a loss or a weight is not finite.

@@ -192,7 +192,7 @@ def match_sampling(request: Request, reference: Reference) -> Request:
             )
         matches.append(Match.of(reference_name, steps, target, own_flops * evaluations(steps)))
     sampling = dataclasses.replace(request.sampling, steps=tuple(sorted({match.steps for match in matches})))
-    check_plans(recipe, sampling)
+    check_plans(recipe, sampling, request.spec.time)
     return dataclasses.replace(request, sampling=sampling, match_sampling=tuple(matches))
 
 
@@ -261,7 +261,7 @@ def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int
 
 def step_flops(compute: Compute, recipe: Recipe) -> int:
     """Training compute of one optimiser step, in flops."""
-    return compute.flops * recipe.batch * TRAINING_FACTOR
+    return compute.in_training.flops * recipe.batch * TRAINING_FACTOR
 
 
 def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: str = "") -> Compute:
@@ -328,6 +328,7 @@ def budget_table(
                 "params": compute.params,
                 "gflops": compute.gflops,
                 "gflops_source": compute.source,
+                **({} if compute.training is None else {"gflops_in_training": compute.training.gflops}),
                 "steps": match_of_backbone.steps,
                 "images": images,
                 "epochs": None if epoch_images is None else images / epoch_images,

@@ -22,7 +22,8 @@ class TrainingCost:
     """Training: optimiser steps, images per batch, images in total, Gflops in total, those of an auxiliary loss included.
 
     auxiliary: of the recipe's auxiliary loss, for one image: "encoder_gflops" (forward alone), "heads_gflops" (one pass, of
-    which training counts three); and "gflops" in total. None: it has none.
+    which training counts three); and "gflops" in total. None: it has none. forward_gflops: of a forward pass on one image in
+    training, if it is not that of sampling (`BackboneSpec.masked_training`).
     """
 
     steps: int
@@ -30,6 +31,7 @@ class TrainingCost:
     images: int
     gflops: float
     auxiliary: dict[str, float] | None = None
+    forward_gflops: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +110,9 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON. An interval and a rule of guidance appear where there is one."""
         data = dataclasses.asdict(self)
-        if self.training.auxiliary is None:
-            del data["training"]["auxiliary"]
+        for name in ("auxiliary", "forward_gflops"):
+            if data["training"][name] is None:
+                del data["training"][name]
         for row in data["sampling"]:
             for name in ("guidance_interval", "guidance_rule"):
                 if not row[name]:
@@ -130,8 +133,9 @@ def make_plan(request: Request, *, check_files: bool = False) -> Plan:
     if check_files:
         reasons += [*unfit_data(request), *missing_decoder(request)]
     training = TrainingCost(
-        steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.gflops * images * TRAINING_FACTOR
-    )
+        steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.in_training.gflops * images * TRAINING_FACTOR,
+        forward_gflops=None if compute.training is None else compute.training.gflops,
+    )  # fmt: skip
     if request.auxiliary is not None:
         extra = request.auxiliary
         gflops = extra.training_flops * images / 1e9

@@ -20,10 +20,11 @@ def costs_text(plan: Plan) -> str:
     gflops = f"{gflops_text(plan.gflops)} a forward pass at {plan.input}"
     if plan.gflops_published_input is not None:
         gflops += f"; {plan.gflops_published_input:.2f} at the paper's input"
+    forward = plan.gflops if training.forward_gflops is None else training.forward_gflops
     lines = [
         f"  parameters  {plan.params / 1e6:,.2f} M",
         f"  Gflops      {gflops}  ({plan.gflops_source})",
-        f"  training    {training.steps:,} steps x {training.batch} images x 3 x {gflops_text(plan.gflops)} Gflops"
+        f"  training    {training.steps:,} steps x {training.batch} images x 3 x {gflops_text(forward)} Gflops"
         f" = {training.gflops - (training.auxiliary or {}).get('gflops', 0.0):.4g} Gflops",
     ]
     if (extra := training.auxiliary) is not None:

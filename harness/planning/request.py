@@ -57,7 +57,7 @@ class Request:
     @property
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
-        gflops = self.compute.gflops * self.recipe.batch * TRAINING_FACTOR
+        gflops = self.compute.in_training.gflops * self.recipe.batch * TRAINING_FACTOR
         return gflops if self.auxiliary is None else gflops + self.auxiliary.training_flops * self.recipe.batch / 1e9
 
     @property
@@ -92,7 +92,9 @@ class Request:
 
         None: not known before sampling, as of an adaptive sampler.
         """
-        return guided_evaluations(plan_of(self.recipe, self.sampling, sampler_steps), self.sampling.guidance)
+        return guided_evaluations(
+            plan_of(self.recipe, self.sampling, sampler_steps, self.spec.time), self.sampling.guidance
+        )
 
     def gflops_image(self, sampler_steps: int) -> float | None:
         """Sampling compute of one image, guidance included; None: not known before sampling."""
@@ -214,7 +216,7 @@ def resolve_request(
         raise UserError(
             "--ema-width needs a run that keeps averages of several widths; train with --set ema_widths=0.05:0.10"
         )
-    check_plans(recipe, sampling_settings)
+    check_plans(recipe, sampling_settings, spec.time)
     arguments = build_arguments(spec, protocol, objective.out_channels(protocol.in_channels))
     if gradient_checkpointing:
         if "gradient_checkpointing" not in spec.defaults:
@@ -257,13 +259,16 @@ def auxiliary_compute(
     return count(spec, spec.arguments(**arguments), wanted)
 
 
-def check_plans(recipe: Recipe, sampling: Sampling) -> None:
-    """Raise `UserError` if objective, schedule, sampler and steps do not fit together, before anything is trained."""
+def check_plans(recipe: Recipe, sampling: Sampling, time: str) -> None:
+    """Raise `UserError` if objective, schedule, sampler and steps do not fit together, before anything is trained.
+
+    time: of the backbone (`harness.spec.TIMES`).
+    """
     from harness.diffusion.training import TrainingObjective
 
-    TrainingObjective.from_recipe(recipe)
+    TrainingObjective.from_recipe(recipe, time)
     for steps in sampling.steps:
-        plan_of(recipe, sampling, steps)
+        plan_of(recipe, sampling, steps, time)
 
 
 def check_guidance_interval(request: Request) -> None:
@@ -272,18 +277,21 @@ def check_guidance_interval(request: Request) -> None:
     Apart from `check_plans`, because matched sampler steps are not known yet when a request is made.
     """
     for steps in request.sampling.steps:
-        check_guided_rows(plan_of(request.recipe, request.sampling, steps), request.sampling.guidance)
+        check_guided_rows(
+            plan_of(request.recipe, request.sampling, steps, request.spec.time), request.sampling.guidance
+        )
 
 
-def plan_of(recipe: Recipe, sampling: Sampling, steps: int) -> AnyPlan:
+def plan_of(recipe: Recipe, sampling: Sampling, steps: int, time: str = "timestep") -> AnyPlan:
     """The sampler's plan for a network trained with `recipe`, with `steps` instead of `sampling.steps`.
 
-    Raises `UserError` if sampler, schedule and steps do not fit together.
+    time: of the backbone, which the number of evaluations does not depend on. Raises `UserError` if sampler, schedule and
+    steps do not fit together.
     """
     return sampler_plan(
         sampling.sampler, steps, schedule=recipe.schedule, diffusion_steps=recipe.diffusion_steps,
         objective=recipe.objective, eta=sampling.eta, clip_denoised=sampling.clip_denoised, spacing=sampling.spacing,
-        noise_scale=recipe.noise_scale,
+        noise_scale=recipe.noise_scale, time=time,
     )  # fmt: skip
 
 

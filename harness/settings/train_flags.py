@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.io.text import read_path, read_texts
+from harness.io.text import read_path
 from harness.settings.setting import setting
-from harness.settings.training_flags import LOGGER, LOGGER_HELP, Backbone, TrainingSettings
+from harness.settings.training_flags import LOGGER, LOGGER_HELP, Backbone, TrainingSettings, read_loggers
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(TrainingSettings, Backbone):
     """Options of `harness train`."""
 
-    logger: tuple[str, ...] = setting(LOGGER_HELP, read_texts, (), **LOGGER)
+    logger: tuple[str, ...] = setting(LOGGER_HELP, read_loggers, (), **LOGGER)
     fork: Path | None = setting(
         "Create the run from the newest checkpoint of this other run.", read_path, metavar="RUN", type_name="path"
     )

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.io.text import read_count, read_pairs, read_path, read_seed, read_switch, read_text
+from harness import registry
+from harness.io.text import read_count, read_pairs, read_path, read_seed, read_switch, read_text, read_texts
 from harness.planning.reference import Reference, parse_budget, parse_reference
 from harness.settings.plugin_flags import PluginFiles
 from harness.settings.setting import REQUIRED, setting
@@ -15,7 +16,6 @@ DEFAULT_PROTOCOL = "digits"
 PRECISIONS = ("float32", "tf32", "bfloat16")
 FRAMEWORKS = ("torch", "jax")
 EVALUATOR_BACKENDS = ("torch", "jax", "tensorflow")
-LOGGERS = ("tensorboard", "wandb")  # names of harness.loggers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,19 @@ class TrainingSettings(PluginFiles):
     )
 
 
-LOGGER = {"choices": LOGGERS, "repeat": True, "study": "logger"}
+LOGGER = {"metavar": "NAME", "repeat": True, "study": "logger"}
 LOGGER_HELP = (
-    "Also write the losses for this viewer, in the folder of the run (repeatable; needs the extra of the same name)."
+    "Also write the losses for this viewer, in the folder of the run (repeatable): tensorboard, wandb (each needs the extra of "
+    "the same name), or a package's."
 )
+
+
+def read_loggers(value: Any) -> tuple[str, ...]:
+    """The names of loggers, all of which are known."""
+    names = read_texts(value)
+    for name in names:
+        registry.loggers.get(name)
+    return names
 
 
 def cache_setting() -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.autoencoders.files import read_identity
+from harness.autoencoders.load import read_identity
 from harness.errors import UserError
 from harness.io import files
 from harness.io.text import parse_json

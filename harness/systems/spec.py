@@ -133,7 +133,7 @@ class Component:
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
             objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
-            spacing=self.spacing,
+            spacing=self.spacing, time=self.spec.time,
         )  # fmt: skip
 
     def build_arguments(self) -> dict[str, Any]:
@@ -292,7 +292,7 @@ class System:
         assert isinstance(plan, SamplerPlan)  # `check` has refused a weak network beside an adaptive sampler
         return reference_plan(
             plan, objective=self.weak.objective, schedule=self.weak.schedule,
-            diffusion_steps=self.weak.diffusion_steps, noise_scale=self.weak.noise_scale,
+            diffusion_steps=self.weak.diffusion_steps, noise_scale=self.weak.noise_scale, time=self.weak.spec.time,
         )  # fmt: skip
 
     @property
@@ -415,6 +415,11 @@ class System:
                 raise UserError(
                     f"{where}: the objective {objective.name} gives its network x and t in other units than a classifier was "
                     "trained in; a classifier cannot guide it"
+                )
+            if self.base.spec.time != "timestep":
+                raise UserError(
+                    f"{where}: {self.base.backbone} takes another time ({self.base.spec.time}) than a classifier was trained "
+                    "with; a classifier cannot guide it"
                 )
         self._check_sizes(where)
 

@@ -35,6 +35,41 @@ class Good(nn.Module):
         return self.out(self.hidden(x, t, y))  # (N, C or 2 C, H, W)
 
 
+class Masked(nn.Module):
+    """Tokens through a layer; in training a random half of each image's tokens, and a learned one in place of the others."""
+
+    kept = 0.5
+
+    def __init__(self, *, input_size, in_channels, num_classes, out_channels, width):
+        super().__init__()
+        self.into = nn.Linear(in_channels, width)
+        self.time, self.label = nn.Linear(2, width), nn.Embedding(num_classes + 1, width)
+        self.inner = nn.Linear(width, width)
+        self.hidden = nn.Parameter(torch.full((width,), 0.1))
+        self.out = nn.Linear(width, out_channels or 2 * in_channels)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        angle = t.float() / 100
+        c = self.time(torch.stack([angle.sin(), angle.cos()], 1)) + self.label(y)  # (N, D)
+        tokens = self.into(x.flatten(2).transpose(1, 2)) + c[:, None]  # (N, T, D)
+        if self.training:
+            order = torch.rand(tokens.shape[:2], device=x.device).argsort(1)  # (N, T)
+            rows = order[:, : int(self.kept * order.shape[1])][..., None].expand(-1, -1, tokens.shape[2])
+            seen = torch.relu(self.inner(tokens.gather(1, rows)))
+            tokens = tokens + self.hidden.expand_as(tokens).scatter(1, rows, seen)
+        else:
+            tokens = tokens + torch.relu(self.inner(tokens)) + 0 * self.hidden
+        return self.out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class FloatTime(Good):
+    """Takes float32 times alone, of size 1."""
+
+    def condition(self, t, y):
+        assert t.dtype == torch.float32
+        return super().condition(100 * t, y)
+
+
 class WrongChannels(Good):
     def __init__(self, **arguments):
         super().__init__(**{**arguments, "out_channels": 3})

@@ -1,5 +1,6 @@
 """The conformance suite: a good network passes, and each broken one fails at the check that names its fault."""
 
+import dataclasses
 import json
 
 import broken_networks as networks
@@ -79,6 +80,38 @@ def test_a_limitation_is_a_remark(network, check, message):
 
 def test_a_network_that_chooses_by_label_passes():
     assert [each for each in findings(networks.spec_of(networks.TwoExperts)) if each.status == "failed"] == []
+
+
+def test_training_compute_of_masked_training_is_counted_apart():
+    tokens, width = 64, 8
+    spec = networks.spec_of(networks.Masked, masked_training=True)
+    compute, around = spec.count(), 2 * width + tokens * width * (2 + 4)
+    assert compute.flops == around + tokens * width * width
+    assert compute.in_training.flops == around + tokens // 2 * width * width
+    found = findings(spec)
+    assert [each for each in found if each.status == "failed"] == []
+    (remark,) = [each.message for each in found if each.check == "compute"]
+    assert "masked training: " in remark and "in sampling" in remark
+    assert not any(each.message for each in found if each.check == "training and sampling mode")
+
+    def failed(**fields):
+        found = findings(networks.spec_of(networks.Masked, **fields))
+        return [each.message for each in found if each.check == "compute" and each.status == "failed"]
+
+    (message,) = failed()
+    assert "give the spec masked_training=True" in message
+    stated = lambda **arguments: dataclasses.replace(compute, training=compute)  # noqa: E731
+    (message,) = failed(closed_form=stated, masked_training=True)
+    assert "in Compute.training of the closed form" in message
+
+
+def test_a_network_states_the_form_of_its_time():
+    for form in ("unit", "log-sigma"):
+        found = findings(networks.spec_of(networks.FloatTime, time=form))
+        assert [each for each in found if each.status == "failed"] == []
+        assert not any(each.message for each in found if each.check == "fractional times")
+    failures = {each.check for each in findings(networks.spec_of(networks.FloatTime)) if each.status == "failed"}
+    assert "output" in failures
 
 
 def test_specs_that_do_not_fit_their_network():

@@ -10,12 +10,14 @@ from evaluators.features import FeatureSpec
 from evaluators.metrics import METRICS, Metric
 from evaluators.suites import Suite
 from harness import registry
+from harness.autoencoders.tokenizer import Tokenizer
 from harness.cli import COMMANDS
 from harness.data import DatasetSpec
 from harness.diffusion.auxiliary import AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
 from harness.diffusion.objectives import Objective
 from harness.diffusion.samplers import SamplerSpec
+from harness.plugins.hook import Hook
 from harness.protocols import Protocol
 from harness.spec import BackboneSpec
 from harness.systems.spec import Component
@@ -24,6 +26,7 @@ DOCS = ROOT / "docs"
 DOORS = {
     "backbones": BackboneSpec, "objectives": Objective, "samplers": SamplerSpec, "guidance": GuidanceRule, "metrics": Metric,
     "features": FeatureSpec, "suites": Suite, "datasets": DatasetSpec, "auxiliary-losses": AuxiliaryLoss,
+    "autoencoders": Tokenizer, "services": Hook,
 }  # fmt: skip
 OTHERWISE = {"protocols": (Protocol, {"summary", "recipe", "sampling"}), "systems": (Component, {
     "diffusion_steps", "noise_scale", "truncation"})}  # fmt: skip
@@ -43,7 +46,7 @@ def test_each_field_is_in_the_contract_of_its_page(page):
 
 def test_each_group_of_entry_points_has_a_page():
     groups = {each.group for each in vars(registry).values() if isinstance(each, registry.Registry)}
-    assert len(groups) == len(DOORS) + len(OTHERWISE)
+    assert len(groups) == len(DOORS) + len(OTHERWISE) + 2  # loggers, launchers and figures have one page
     for group in groups:
         assert f"| `{group}` |" in text("doors/index.md"), group
 

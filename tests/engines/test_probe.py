@@ -19,7 +19,9 @@ def chosen(monkeypatch):
     def choose(seconds, slowdown):
         passes = []
 
-        def measure_here(net, images, arguments, device, precision, kind="denoiser", repeats=resolve.PROBE_REPEATS):
+        def measure_here(
+            net, images, arguments, device, precision, kind="denoiser", repeats=resolve.PROBE_REPEATS, time_form=""
+        ):
             passes.append(precision)
             return 0.1 if precision == "float32" else seconds
 

@@ -14,8 +14,7 @@ import torch
 
 from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
 from harness.autoencoders import load as load_module
-from harness.autoencoders.files import read_identity
-from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, resolve
+from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, read_identity, resolve
 from harness.errors import RunError, UserError
 
 diffusers = pytest.importorskip("diffusers")

@@ -15,7 +15,7 @@ import harness as public
 from evaluators.features import FeatureSpec
 from evaluators.suites import METRICS, Suite
 from harness import registry
-from harness.autoencoders.files import read_identity
+from harness.autoencoders.load import read_identity
 from harness.cli import group
 from harness.data.latents import read_meta
 from harness.errors import UserError

@@ -8,8 +8,8 @@ from small_vae import save_vae
 
 from backbones.autoencoders.vq_torch import VQAutoencoder
 from harness import registry
-from harness.autoencoders.files import read_identity
 from harness.autoencoders.load import load_autoencoder as load_decoder
+from harness.autoencoders.load import read_identity
 from harness.cli import group
 from harness.engines.torch.sampling import to_uint8
 from harness.errors import UserError

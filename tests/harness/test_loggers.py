@@ -13,11 +13,12 @@ from command_process import start
 from small_runs import request, workshop
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from harness import loggers
+from harness import loggers, registry
 from harness.errors import UserError
 from harness.pipeline import training_loop
+from harness.plugins.hook import Hook
 from harness.runs import checkpoints
-from harness.settings import training_flags
+from harness.settings import TrainOptions
 
 TRAIN = ["train", "--backbone", "dit-xs-4", "--set", "batch=16", "--precision", "float32", "--micro-batch", "16"]
 
@@ -155,6 +156,11 @@ def test_weights_and_biases_has_each_step_once_after_a_kill(tmp_path, monkeypatc
     assert len(rows) == 20
 
 
+def registered(monkeypatch, name):
+    registry.loggers.names()
+    monkeypatch.setitem(registry.loggers._items, name, Hook(name=name, call="no:where"))
+
+
 class Recorder:
     """A logger that remembers the last step that it flushed."""
 
@@ -175,7 +181,7 @@ class Recorder:
 
 
 def test_loggers_are_flushed_before_a_checkpoint_is_written(tmp_path, monkeypatch):
-    monkeypatch.setitem(loggers.LOGGERS, "recorder", ("json", "test_loggers:Recorder"))
+    registered(monkeypatch, "recorder")
     monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Recorder)
     write, found = checkpoints.write, []
 
@@ -212,7 +218,7 @@ class Broken:
 
 
 def test_a_logger_that_fails_is_left_out_with_one_warning(plain, tmp_path, monkeypatch, caplog):
-    monkeypatch.setitem(loggers.LOGGERS, "broken", ("json", "test_loggers:Broken"))
+    registered(monkeypatch, "broken")
     monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Broken)
     workshop(tmp_path / "run", request(steps=8), loggers=["broken"]).train(8)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == plain
@@ -238,5 +244,6 @@ def test_a_missing_library_is_refused_before_anything_is_trained(monkeypatch):
         loggers.check_installed(["tensorboard"])
 
 
-def test_the_settings_offer_every_logger():
-    assert set(training_flags.LOGGERS) == set(loggers.LOGGERS)
+def test_an_unknown_logger_is_one_line():
+    with pytest.raises(UserError, match=r"--logger: unknown logger 'tensorbord'; did you mean tensorboard\?"):
+        TrainOptions(backbone="dit-xs-4", logger=("tensorbord",))

@@ -200,7 +200,7 @@ OTHER = {
     "settings": "x", "settings_hash": "x", "samples_sha256": "x",
     "features": "x", "time_distribution": "x", "loss_weight": "x", "noise_scale": 0.7, "spacing": "x",
     "ema_widths": "0.05", "ema_snapshots": 7, "ema_width": 0.07, "evaluations_mean": 7.5, "evaluations_max": 9,
-    "dataset_sha256": "x", "latents_sha256": "x", "plugins_sha256": "x", "auxiliary": "x", "auxiliary_gflops": 0.7, "earlier_precision": "x", "forked_at": 7, "parent_sha256": "x",
+    "dataset_sha256": "x", "latents_sha256": "x", "plugins_sha256": "x", "auxiliary": "x", "auxiliary_gflops": 0.7, "forward_gflops": 0.6, "earlier_precision": "x", "forked_at": 7, "parent_sha256": "x",
 }  # fmt: skip
 
 

@@ -63,11 +63,11 @@ class DenoisingLoss:
 
     def network_inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
         """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int32 or float32 (N,)."""
-        process, objective = self.training.process, self.training.objective
-        if isinstance(process, Schedule):
-            return xt, t
-        seen = xt if objective.input_scale is None else objective.input_scale(self._coefficients(t), jnp) * xt
-        return seen, (objective.network_time or process.network_time)(t, jnp)
+        given = self.training.network_time(t, lambda: self._coefficients(t), jnp)
+        scale = self.training.objective.input_scale
+        if isinstance(self.training.process, Schedule) or scale is None:
+            return xt, given
+        return scale(self._coefficients(t), jnp) * xt, given
 
     def terms(self, output: Array, x0: Array, t: Array, noise: Array) -> LossTerms:
         """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.

@@ -27,7 +27,7 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe))
+        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe, spec.time))
 
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
         """The loss terms by name, float32 (N,) each; the names are those of `loss_terms`.

@@ -37,16 +37,20 @@ def refuse_torch_options(precision: str = "float32", compile: str = "off") -> No
         raise UserError("--compile belongs to --framework torch; jax always compiles")
 
 
-def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) -> tuple[np.ndarray, ...]:
+def inputs_of(
+    kind: str, images: int, arguments: dict[str, Any], seed: int = 0, time_form: str = "timestep"
+) -> tuple[np.ndarray, ...]:
     """Random inputs of a network of `kind`, in the order of its call. kind: of `harness.spec.KINDS`, except "generator".
 
-    x float32 (images, C, H, W), t int32 (images,), y int32 (images,) unless it is a classifier, and for an upsampler the
-    image at low resolution, float32 (images, C, s, s).
+    x float32 (images, C, H, W), t int32 (images,), or float32 of another form of time than timesteps
+    (`harness.spec.TIMES`), y int32 (images,) unless it is a classifier, and for an upsampler the image at low resolution,
+    float32 (images, C, s, s).
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     channels, size = arguments["in_channels"], arguments["input_size"]
     x = generator.standard_normal((images, channels, size, size), np.float32)
-    t = generator.integers(0, 1000, images).astype(np.int32)
+    steps = generator.integers(0, 1000, images)
+    t = steps.astype(np.int32) if time_form == "timestep" else (steps / 1000).astype(np.float32)
     # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = generator.integers(0, max(arguments["num_classes"], 1), images).astype(np.int32)
     inputs: tuple[np.ndarray, ...] = (x, t) if kind == "classifier" else (x, t, y)
@@ -57,8 +61,9 @@ def inputs_of(kind: str, images: int, arguments: dict[str, Any], seed: int = 0) 
 
 
 def measure(
-    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, stop_seconds: float
-) -> float:
+    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, time_form: str,
+    stop_seconds: float,
+) -> float:  # fmt: skip
     """Seconds of forward and backward for one image: the best of PROBE_REPEATS passes over `images` images each.
 
     Compilation does not count. stop_seconds: if the first pass takes longer, it is the only one. Sets the compute dtype of
@@ -74,7 +79,9 @@ def measure(
     function = jit(jax.grad(loss), mesh.devices.flat[0].platform, out_shardings=shardings[0])
     best = float("inf")
     with errors_in_one_line("a first training step", LESS_MEMORY), matmul_context(precision):
-        inputs = tuple(devices.to_device(array, sharding) for array in inputs_of(kind, images, arguments))
+        inputs = tuple(
+            devices.to_device(array, sharding) for array in inputs_of(kind, images, arguments, time_form=time_form)
+        )
         params, rest = devices.to_device((params, rest), shardings)
         compiled = function.lower(params, rest, *inputs).compile()
         for _ in range(PROBE_REPEATS):
@@ -124,7 +131,7 @@ def resolve(
     for candidate in candidates:
         # A pass that shows this precision to be far slower than another is not repeated.
         stop_seconds = min([LONG_SECONDS, *(FAR_SLOWER * images * other for other in seconds.values())])
-        seconds[candidate] = measure(net, images, arguments, mesh, candidate, spec.kind, stop_seconds)
+        seconds[candidate] = measure(net, images, arguments, mesh, candidate, spec.kind, spec.time, stop_seconds)
     # All processes take the precision that is fastest in the main process. `broadcast` takes an integer: its index.
     local_fastest = candidates.index(min(seconds, key=lambda name: seconds[name]))
     fastest = candidates[devices.broadcast(local_fastest)]

@@ -174,7 +174,7 @@ class Bench:
             done += 1
             engine.step(done, interrupted=lambda: False)
 
-        operations = 2 * self.macs * TRAINING_FACTOR
+        operations = 2 * self.spec.count(**self.arguments).in_training.macs * TRAINING_FACTOR
         return self.row("training", step, operations, images=self.batch, micro_batch=micro_batch)
 
     def sampling(self) -> Row:
@@ -187,7 +187,14 @@ class Bench:
         # A network with a number of output channels of its own, which has no variance channels.
         if self.arguments.get("out_channels") not in (None, registry.objectives.get(objective).out_channels(channels)):
             objective = "epsilon-fixed"
-        plan = sampler_plan("ddpm", self.sampler_steps, schedule="linear", diffusion_steps=1000, objective=objective)
+        plan = sampler_plan(
+            "ddpm",
+            self.sampler_steps,
+            schedule="linear",
+            diffusion_steps=1000,
+            objective=objective,
+            time=self.spec.time,
+        )
         sampler = TorchSampler(
             self.spec,
             build(self.spec, self.arguments, 0),

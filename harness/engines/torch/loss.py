@@ -59,11 +59,11 @@ class DenoisingLoss:
 
     def network_inputs(self, xt: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int64 or float32 (N,)."""
-        process, objective = self.training.process, self.training.objective
-        if isinstance(process, Schedule):
-            return xt, t
-        seen = xt if objective.input_scale is None else objective.input_scale(self._coefficients(t), torch) * xt
-        return seen, (objective.network_time or process.network_time)(t, torch)
+        given = self.training.network_time(t, lambda: self._coefficients(t), torch)
+        scale = self.training.objective.input_scale
+        if isinstance(self.training.process, Schedule) or scale is None:
+            return xt, given
+        return scale(self._coefficients(t), torch) * xt, given
 
     def terms(self, output: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> LossTerms:
         """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.

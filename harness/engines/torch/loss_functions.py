@@ -52,7 +52,7 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe), device)
+        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe, spec.time), device)
 
     def draws(self, y: Tensor, positions: Tensor) -> Draws:
         """The random numbers of the examples at `positions`, int64 (N,), with labels `y`, int64 (N,); all on the CPU."""
