@@ -98,10 +98,15 @@ class Registry(Generic[Item]):
         if not isinstance(name, str):
             raise UserError(f"{shown(name)} is no name of a {self.noun}")
         if name not in self._items:
+            message = unknown(self.noun, name, self._items)
+            if (
+                "did you mean" not in message
+            ):  # no similar one, as when the package that brings it is not installed here
+                message += (
+                    "; one of a package is known once that is installed (pip install -e FOLDER), of a file by --plugin"
+                )
             failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
-            raise UserError(
-                unknown(self.noun, name, self._items) + (f"; a plug-in could not be loaded: {failed}" if failed else "")
-            )
+            raise UserError(message + (f"; a plug-in could not be loaded: {failed}" if failed else ""))
         return self._items[name]
 
     def names(self) -> list[str]:

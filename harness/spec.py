@@ -21,7 +21,8 @@ FRAMEWORKS = ("torch", "jax")
 
 
 class ComputeRow(NamedTuple):
-    """Compute of one part of a network: `part` is a module path, `kind` one of linear, conv, attention, norm."""
+    """Compute of one part of a network: `part` is a module path, `kind` one of linear, conv, attention, fft, norm, and
+    custom for declared operations."""
 
     part: str
     kind: str

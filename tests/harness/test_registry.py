@@ -20,6 +20,11 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         backbones.get("dit-xl2")
 
 
+def test_a_name_that_nothing_resembles_may_be_of_a_package_that_is_not_installed():
+    with pytest.raises(UserError, match=r"known: .*installed \(pip install -e FOLDER\), of a file by --plugin$"):
+        backbones.get("frobnicator")
+
+
 def test_a_built_in_name_is_taken_also_before_anything_is_loaded():
     registry = Registry("harness.backbones", "backbone", BackboneSpec)
     with pytest.raises(UserError, match="'dit-xl-2' is taken by backbone-harness"):
