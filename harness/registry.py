@@ -102,9 +102,7 @@ class Registry(Generic[Item]):
             if (
                 "did you mean" not in message
             ):  # no similar one, as when the package that brings it is not installed here
-                message += (
-                    "; one of a package is known once that is installed (pip install -e FOLDER), of a file by --plugin"
-                )
+                message += f"; a {self.noun} of your own needs pip install -e FOLDER, or --plugin FILE.py"
             failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
             raise UserError(message + (f"; a plug-in could not be loaded: {failed}" if failed else ""))
         return self._items[name]

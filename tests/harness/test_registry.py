@@ -21,7 +21,9 @@ def test_an_unknown_name_is_refused_with_the_nearest():
 
 
 def test_a_name_that_nothing_resembles_may_be_of_a_package_that_is_not_installed():
-    with pytest.raises(UserError, match=r"known: .*installed \(pip install -e FOLDER\), of a file by --plugin$"):
+    with pytest.raises(
+        UserError, match=r"known: .*; a backbone of your own needs pip install -e FOLDER, or --plugin FILE.py$"
+    ):
         backbones.get("frobnicator")
 
 
