@@ -99,9 +99,7 @@ class Registry(Generic[Item]):
             raise UserError(f"{shown(name)} is no name of a {self.noun}")
         if name not in self._items:
             message = unknown(self.noun, name, self._items)
-            if (
-                "did you mean" not in message
-            ):  # no similar one, as when the package that brings it is not installed here
+            if "did you mean" not in message:  # its package is not installed here, perhaps
                 message += f"; a {self.noun} of your own needs pip install -e FOLDER, or --plugin FILE.py"
             failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
             raise UserError(message + (f"; a plug-in could not be loaded: {failed}" if failed else ""))

@@ -214,10 +214,7 @@ def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
 def trace_and_doubt(spec: BackboneSpec, **overrides: Any) -> tuple[Compute, Blind]:
     """As `trace`, with what the count may have missed."""
     jaxpr, net, _ = abstract_forward(spec, **overrides)
-    params = sum(
-        prod(leaf.shape) * (2 if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else 1)
-        for leaf in jax.tree.leaves(nnx.state(net, nnx.Param))
-    )
+    params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
     convolutions = frozenset(_name(path) for path, module in nnx.iter_modules(net) if isinstance(module, nnx.Conv))
     counter = _Counter(spec.name, spec.uncounted_norms, convolutions)
     rows = counter.rows(jaxpr.jaxpr)

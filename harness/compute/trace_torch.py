@@ -153,7 +153,7 @@ def trace(spec: BackboneSpec, **overrides: object) -> Compute:
     """Compute of one forward pass of the torch network on one image, counted operator by operator.
 
     `overrides` are arguments of the builder. Rows are named by the qualified name of the innermost module. `params` counts
-    the parameters that require a gradient, a complex one as two. Raises RunError for an operator that is neither counted, nor declared
+    the parameters that require a gradient. Raises RunError for an operator that is neither counted, nor declared
     (`harness.compute.register_flops`), nor known to be free.
     """
     return trace_and_doubt(spec, **overrides)[0]
@@ -179,7 +179,7 @@ def trace_and_doubt(spec: BackboneSpec, **overrides: object) -> tuple[Compute, B
             raise
         except Exception as error:  # other people's code can raise anything
             raise UserError(f"backbone {spec.name!r}: its network failed on one image: {one_line(error)}") from error
-    params = sum(p.numel() * (2 if p.is_complex() else 1) for p in net.parameters() if p.requires_grad)
+    params = sum(p.numel() for p in net.parameters() if p.requires_grad)
     return Compute(params=params, rows=tuple(counter.rows), source="traced"), counter.blind
 
 
