@@ -98,11 +98,11 @@ class Registry(Generic[Item]):
         if not isinstance(name, str):
             raise UserError(f"{shown(name)} is no name of a {self.noun}")
         if name not in self._items:
-            message = unknown(self.noun, name, self._items)
-            if "did you mean" not in message:  # its package is not installed here, perhaps
-                message += f"; a {self.noun} of your own needs pip install -e FOLDER, or --plugin FILE.py"
             failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
-            raise UserError(message + (f"; a plug-in could not be loaded: {failed}" if failed else ""))
+            raise UserError(
+                f"{unknown(self.noun, name, self._items)}; one of your own needs pip install -e FOLDER, or --plugin FILE.py"
+                + (f"; a plug-in could not be loaded: {failed}" if failed else "")
+            )
         return self._items[name]
 
     def names(self) -> list[str]:
