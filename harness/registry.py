@@ -102,7 +102,8 @@ class Registry(Generic[Item]):
         if name not in self._items:
             failed = "; ".join(f"{each.entry_point} of {each.distribution}: {each.reason}" for each in self.problems)
             raise UserError(
-                unknown(self.noun, name, self._items) + (f"; a plug-in could not be loaded: {failed}" if failed else "")
+                f"{unknown(self.noun, name, self._items)}; one of your own needs pip install -e FOLDER, or --plugin FILE.py"
+                + (f"; a plug-in could not be loaded: {failed}" if failed else "")
             )
         return self._items[name]
 

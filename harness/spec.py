@@ -24,7 +24,8 @@ TIMES = ("timestep", "unit", "log-sigma")
 
 
 class ComputeRow(NamedTuple):
-    """Compute of one part of a network: `part` is a module path, `kind` one of linear, conv, attention, norm."""
+    """Compute of one part of a network: `part` is a module path, `kind` one of linear, conv, attention, fft, norm, and
+    custom for declared operations."""
 
     part: str
     kind: str

@@ -84,13 +84,16 @@ def cautions_on_sides(a: Group, b: Group) -> list[str]:
 def cautions(records: Iterable[Record]) -> list[str]:
     """A sentence on the libraries, harness and git commits of which the trainings had several versions; [] if on none.
 
-    Versions that are not recorded count as a version of their own, unless no record states any.
+    Versions that are not recorded count as a version of their own, unless no record states any. A package that a record with
+    versions does not state, such as one that brings another network, had no part in its training.
     """
     trained = [record.environment.training_versions if record.environment else None for record in records]
     names = {name for versions in trained for name in versions or ()}
     texts = []
     for name in sorted(names):
-        found = {(versions or {}).get(name, NOT_RECORDED) for versions in trained}
+        found = {
+            versions[name] if versions else NOT_RECORDED for versions in trained if not versions or name in versions
+        }
         if len(found) > 1 or any(", then " in version for version in found):
             ordered = [*sorted(found - {NOT_RECORDED}), *(found & {NOT_RECORDED})]
             texts.append(f"{'git commit' if name == 'git_commit' else name} {' and '.join(ordered)}")

@@ -33,6 +33,8 @@ SCALING = ("dit-3xs-8", "dit-2xs-8", "dit-2xs-4", "dit-xs-8", "dit-2xs-2", "dit-
 SAMPLER_STEPS = (8, 16, 32, 64, 128)
 BLOCKS = ("dit-2xs-4", "dit-2xs-4-adaln", "dit-2xs-4-cross-attention", "dit-2xs-4-in-context")
 UNETS = ("adm-2xs", "ldm-2xs")
+EXAMPLES = ("dit-2xs-2", "u-vit-2xs-2", "gated-conv-2xs-2", "jit-2xs-4", "sit-2xs-2", "adm-2xs", "ldm-2xs")
+EXAMPLES_GFLOPS = 849  # of training: 292 steps of dit-2xs-2 on digits
 DRAWS = 2000
 WEIGHTS_FILE = Path(__file__).parents[1] / "evaluators" / "features" / "fashion_mnist_cnn.safetensors"
 SUITES = {"embedded": "EfficientNet-Lite0", "fashion-mnist": "Fashion-MNIST classifier"}
@@ -43,11 +45,12 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="fail where a table of the page differs")
     check = parser.parse_args().check
     with packaged_runs() as files:
-        records = [record for record in load(files).records if record.protocol == PROTOCOL]
+        kept = load(files).records
+    records = {name: [record for record in kept if record.protocol == name] for name in (PROTOCOL, "digits")}
     before = PAGE.read_text()
     after = re.sub(
         r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)",
-        lambda match: match[1] + TABLES[match[2]](records) + match[3],
+        lambda match: match[1] + TABLES[match[2]](records["digits" if match[2] == "examples" else PROTOCOL]) + match[3],
         before,
         flags=re.S,
     )
@@ -241,11 +244,36 @@ def isoflop(records: list[Record]) -> str:
     return markdown(head, rows)
 
 
+def examples(records: list[Record]) -> str:
+    """The packages in examples/ at equal training compute, each against the DiT, on digits."""
+    matched = [
+        record
+        for record in records
+        if record.training is not None and abs((record.training.gflops or 0) / EXAMPLES_GFLOPS - 1) < 0.02
+    ]
+    rows, missing = [], []
+    for name in EXAMPLES:
+        groups = [chosen(matched, name, "embedded", 25, metric, None) for metric in ("fd", "kid")]
+        if groups[0] is None:
+            missing.append(name)
+            continue
+        cells = [name, f"{gflops(matched, name):.4f}", f"{groups[0].records[0].training.steps:,}"]
+        for metric, group in zip(("fd", "kid"), groups, strict=True):
+            first = chosen(matched, EXAMPLES[0], "embedded", 25, metric, None)
+            cells.append(value_text(group))
+            compared = group is not None and first is not None and name != EXAMPLES[0]
+            cells.append(verdict_of(metric, "", group, first).verdict if compared and group and first else "")
+        rows.append(cells)
+    against = f"against {EXAMPLES[0]}"
+    head = ["model", "Gflops", "training steps", "FD", against, "KD", against]
+    return (markdown(head, rows) if len(rows) > 1 else "") + not_yet(missing)
+
+
 TABLES = {
     "judges": judges, "scaling": scaling, "correlation": correlation, "more-steps": more_steps, "steps-or-size": steps_or_size, "lottery": lottery,
     "blocks": _ranking(BLOCKS, lambda name: TRAINING_STEPS),
     "unets": _ranking(("dit-2xs-2", *UNETS), lambda name: TRAINING_STEPS if name == "dit-2xs-2" else None),
-    "isoflop": isoflop,
+    "isoflop": isoflop, "examples": examples,
 }  # fmt: skip
 
 

@@ -3,11 +3,14 @@
 1 multiply-add = 1 flop, for every matrix product, convolution and attention; plus 1 flop per element of the counted
 normalisations: in a DiT block the two layer norms around self-attention and MLP, in a U-Net, GAN or autoencoder all. The
 layer norm before cross-attention and the final layer norm of a DiT are not counted. Biases, softmax, activations,
-modulation, residuals, look-ups and resampling are free.
+modulation, residuals, look-ups, sorting and resampling are free.
 
 The paper (arXiv:2212.09748) states multiply-adds. The term for normalisations is fitted: with it, the paper's Tables 1, 4
 and 6 are reproduced to the printed digit, except DiT-B/4 (5.57 by the convention, 5.56 in print). So the multiply-adds
 alone are always given as well.
+
+A complex multiply-add counts 4 (`harness.compute.fourier`), a fast Fourier transform of n complex numbers 2.5 n log2 n, and
+one of n real numbers, or back to them, half of that.
 
 What is summed over an index is a product that counts, however it is written. Tracing sees it where it is written as one
 operation (matmul, einsum, a convolution). An element-wise product and a sum behind it, such as the (h * c).sum(-1) of a

@@ -52,8 +52,8 @@ def register_flops(
 ) -> None:
     """Declare the compute of a custom operation, for `harness flops`, plans, matched compute and records.
 
-    operation: of torch an operator of torch.library ("my_package::scan", torch.ops.my_package.scan, or what
-    torch.library.custom_op returns) or a subclass of torch.autograd.Function; of JAX a primitive (jax.extend.core.Primitive).
+    operation: of torch an operator ("my_package::scan", torch.ops.my_package.scan, what torch.library.custom_op returns, or
+    one of torch that the convention does not know, such as "aten::linalg_cholesky_ex") or a subclass of torch.autograd.Function; of JAX a primitive (jax.extend.core.Primitive).
     In torch it must run on the meta device (torch.library.register_fake; in a Function a branch for `x.is_meta`).
 
     count: a function of the operation's arguments (a Function's without ctx, a primitive's with its parameters by keyword)
@@ -94,9 +94,14 @@ def _key(operation: Any) -> tuple[Hashable, str]:
         name = operation.partition(".")[0]
     if isinstance(name, str) and name.count("::") == 1:
         if name.startswith("aten::"):
-            raise UserError(
-                f"register_flops: {name} is an operator of torch, which the convention counts or calls free"
+            from harness.compute.operators_torch import (  # not by those who declare operations of their own
+                COUNTED,
+                FREE,
             )
+
+            if name in COUNTED or name in FREE:
+                what = "counts" if name in COUNTED else "calls free"
+                raise UserError(f"register_flops: {name} is an operator of torch, which the convention {what}")
         return name, f"operator {name}"
     if hasattr(operation, "bind") and isinstance(getattr(operation, "name", None), str):
         return ("jax", operation.name), f"primitive {operation.name}"

@@ -22,6 +22,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from harness.compute.custom import Blind, Declaration, declaration
+from harness.compute.fourier import COMPLEX_PRODUCT, fft_flops
 from harness.errors import RunError, UserError, one_line
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
@@ -42,18 +43,19 @@ CALLS = {
 """Primitives that run one jaxpr once, and the name of the parameter with that jaxpr."""
 
 _FREE_NAMES = """
-    abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh bitcast_convert_type broadcast_in_dim cbrt
-    ceil clamp complex concatenate conj convert_element_type copy cos cosh cummax cummin cumsum
-    device_put digamma div dynamic_slice dynamic_update_slice eq erf erf_inv erfc exp exp2 expm1 floor
-    gather ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter
-    not optimization_barrier or pad pow random_bits random_fold_in random_seed random_split random_unwrap random_wrap
-    real reduce_and reduce_max reduce_min reduce_or reduce_precision reduce_prod reduce_sum reduce_window_max
-    reduce_window_min reduce_window_sum rem reshape rev round rsqrt scatter select_n shift_left shift_right_arithmetic
-    shift_right_logical sign sin sinh slice split sqrt square squeeze stack stop_gradient sub tan tanh threefry2x32 tile
+    abs acos acosh add add_any and argmax argmin asin asinh atan atan2 atanh bessel_i0e bessel_i1e
+    bitcast_convert_type broadcast_in_dim cbrt ceil clamp complex concatenate conj convert_element_type copy cos
+    cosh cumlogsumexp cummax cummin cumprod cumsum device_put digamma div dynamic_slice dynamic_update_slice eq erf
+    erf_inv erfc exp exp2 expm1 floor gather ge gt imag integer_pow iota is_finite le lgamma log log1p logistic lt
+    max min mul name ne neg nextafter not optimization_barrier or pad pow random_bits random_fold_in random_seed
+    random_split random_unwrap random_wrap real reduce_and reduce_max reduce_min reduce_or reduce_precision
+    reduce_prod reduce_sum reduce_window_max reduce_window_min reduce_window_sum rem reshape rev round rsqrt scatter
+    scatter-add scatter-max scatter-min scatter-mul select_n shift_left shift_right_arithmetic shift_right_logical
+    sign sin sinh slice sort split sqrt square squeeze stack stop_gradient sub tan tanh threefry2x32 tile top_k
     transpose unstack xor
 """
 FREE = frozenset(_FREE_NAMES.split())
-"""Primitives that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, random bits."""
+"""Primitives that are free in the convention: element-wise, reductions, sorting, shapes, look-ups, pooling, random bits."""
 
 SUMS = frozenset({"reduce_sum", "cumsum"})
 PASSED_ON = frozenset({"reshape", "transpose", "squeeze", "convert_element_type", "broadcast_in_dim", "copy"})
@@ -62,13 +64,18 @@ PASSED_ON = frozenset({"reshape", "transpose", "squeeze", "convert_element_type"
 _PATCHING = threading.Lock()  # of `_marking_calls`: the classes that it patches are shared by all threads
 
 
+def _is_complex(var: Any) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.complexfloating)
+
+
 def _dot(eqn: Any) -> tuple[str, int]:
     """The kind of row and the multiply-adds of a dot_general equation."""
     (contracted, _), (batched, _) = eqn.params["dimension_numbers"]
     left = eqn.invars[0].aval.shape
     # Batched products are products of two activations, as in attention. (The operator @ drops a batch of 1, so such a
     # product is called linear; its cost is the same.)
-    return "attention" if batched else "linear", prod(eqn.outvars[0].aval.shape) * prod(left[i] for i in contracted)
+    macs = prod(eqn.outvars[0].aval.shape) * prod(left[i] for i in contracted)
+    return "attention" if batched else "linear", COMPLEX_PRODUCT ** _is_complex(eqn.invars[0]) * macs
 
 
 def _convolution(eqn: Any) -> tuple[str, int]:
@@ -84,7 +91,15 @@ def _convolution(eqn: Any) -> tuple[str, int]:
     return "conv", prod(out) * (prod(kernel) // kernel[out_axis])
 
 
-COUNTED = {"dot_general": _dot, "conv_general_dilated": _convolution}
+def _fft(eqn: Any) -> tuple[str, int]:
+    """The kind of row and the multiply-adds of a fast Fourier transform."""
+    x, out = eqn.invars[0], eqn.outvars[0]
+    real = not (_is_complex(x) and _is_complex(out))
+    values = out if _is_complex(x) else x  # the side that is real has all values, the other one half of the frequencies
+    return "fft", fft_flops(prod(values.aval.shape), eqn.params["fft_lengths"], real)
+
+
+COUNTED = {"dot_general": _dot, "conv_general_dilated": _convolution, "fft": _fft}
 """Primitives that the convention counts, and the functions from an equation to (kind of row, flops)."""
 
 

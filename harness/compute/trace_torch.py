@@ -12,7 +12,6 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
 import torch
@@ -22,106 +21,11 @@ from torch.utils.flop_counter import flop_registry
 
 from harness.compute.custom import Blind, Declaration, declaration
 from harness.compute.meta_torch import FusedAttention, build_on_meta, example_inputs, neutral_state
+from harness.compute.operators_torch import COUNTED, FREE, MOVES, SUMS
 from harness.errors import RunError, UserError, one_line
 from harness.spec import BackboneSpec, Compute, ComputeRow
 
-
-def _matmul(a: Tensor, b: Tensor) -> int:
-    """Multiply-adds of a (..., M, K) times b (..., K, N)."""
-    return prod(a.shape) * b.shape[-1]
-
-
-def _convolution(args: tuple[Any, ...], out: Tensor) -> int:
-    """Multiply-adds of aten::convolution. args: (input, weight, bias, stride, padding, dilation, transposed, ...)."""
-    x, weight, transposed = args[0], args[1], args[6]
-    # An element of the output takes a kernel for every input channel of its group. If transposed, an element of the input
-    # takes a kernel for every output channel of its group. Both are the elements of weight[0].
-    return prod((x if transposed else out).shape) * prod(weight.shape[1:])
-
-
-def _attention(args: tuple[Any, ...], out: object) -> int:
-    """Multiply-adds of query x key and of scores x value, for inputs (N, heads, tokens, features)."""
-    query, key, value = args[:3]
-    n, heads, tokens, features = query.shape
-    return n * heads * tokens * key.shape[-2] * (features + value.shape[-1])
-
-
-# The arguments of addmm, addmv and baddbmm begin with the tensor that is added, such as a bias.
-COUNTED: dict[str, tuple[str, Callable[[tuple[Any, ...], Any], int]]] = {
-    "aten::mm": ("linear", lambda args, out: _matmul(args[0], args[1])),
-    "aten::addmm": ("linear", lambda args, out: _matmul(args[1], args[2])),
-    "aten::mv": ("linear", lambda args, out: prod(args[0].shape)),
-    "aten::addmv": ("linear", lambda args, out: prod(args[1].shape)),
-    "aten::dot": ("linear", lambda args, out: prod(args[0].shape)),
-    # Batched products are products of two activations: unfused attention.
-    "aten::bmm": ("attention", lambda args, out: _matmul(args[0], args[1])),
-    "aten::baddbmm": ("attention", lambda args, out: _matmul(args[1], args[2])),
-    "aten::convolution": ("conv", _convolution),
-    "aten::_convolution": ("conv", _convolution),
-    **{
-        f"aten::{name}": ("attention", _attention)
-        for name in (
-            "scaled_dot_product_attention",
-            "_scaled_dot_product_attention_math",
-            "_scaled_dot_product_flash_attention",
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_efficient_attention",
-            "_scaled_dot_product_cudnn_attention",
-            "_scaled_dot_product_fused_attention_overrideable",
-        )
-    },
-    **{
-        f"aten::{name}": ("norm", lambda args, out: prod(args[0].shape))
-        for name in (
-            "native_layer_norm",
-            "native_group_norm",
-            "native_batch_norm",
-            "_native_batch_norm_legit",
-            "_native_batch_norm_legit_no_training",
-            "_batch_norm_impl_index",
-            "_batch_norm_with_update",
-            "_batch_norm_no_update",
-            "cudnn_batch_norm",
-            "_fused_rms_norm",
-            "rms_norm",
-        )
-    },
-}
-"""Operators that the convention counts: kind of row, and function from (arguments, result) to flops."""
-
-_FREE_NAMES = """
-    abs acos add addcdiv addcmul all alias amax amin any arange argmax argsort as_strided asin atan atan2 bernoulli bitwise_and
-    bitwise_not bitwise_or bitwise_xor cat ceil celu clamp clamp_max clamp_min clone constant_pad_nd contiguous copy
-    copy_ cos cosh cumsum detach diagonal div dropout elu embedding empty empty_like empty_permuted empty_strided eq
-    erf exp exp2 expand expm1 eye fill fill_ flatten flip floor floor_divide fmod full full_like gather ge gelu glu gt
-    hardsigmoid hardswish hardtanh index index_put index_select isinf isnan isfinite le leaky_relu lerp lift
-    lift_fresh lift_fresh_copy linspace log log10 log1p log2 log_sigmoid_forward _log_softmax logical_and logical_not
-    logical_or logsumexp lt masked_fill maximum max mean min minimum mish movedim mul multiply native_dropout ne neg
-    new_empty new_empty_strided new_full new_ones new_zeros normal normal_ one_hot ones ones_like permute pixel_shuffle
-    pixel_unshuffle pow prod rand rand_like randint randn randn_like randperm reciprocal reflection_pad1d reflection_pad2d relu
-    remainder repeat repeat_interleave replication_pad2d reshape roll round rsqrt rsub scalar_tensor scatter scatter_add select
-    selu sigmoid sign silu sin sinh slice slice_scatter softplus _softmax _safe_softmax sort split split_with_sizes sqrt
-    squeeze stack std sub sum t tan tanh tile _to_copy to topk transpose tril triu true_divide trunc unbind unfold unflatten
-    _unsafe_view unsqueeze var var_mean view view_as_complex view_as_real where zero_ zeros zeros_like
-    avg_pool1d avg_pool2d _adaptive_avg_pool2d adaptive_avg_pool2d max_pool2d max_pool2d_with_indices im2col col2im
-    upsample_nearest1d upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d upsample_bicubic2d
-    _upsample_bilinear2d_aa _upsample_bicubic2d_aa linalg_vector_norm
-"""
-FREE = frozenset(f"aten::{name}" for name in _FREE_NAMES.split())
-"""Operators that are free in the convention: element-wise, reductions, shapes, look-ups, pooling, resampling."""
-
-
-_MOVES = """
-    alias as_strided cat clone constant_pad_nd contiguous copy copy_ detach empty empty_like empty_permuted empty_strided
-    expand eye fill fill_ flatten full full_like lift lift_fresh lift_fresh_copy movedim new_empty new_empty_strided new_full
-    new_ones new_zeros ones ones_like permute repeat reshape select slice split split_with_sizes squeeze stack t _to_copy to
-    transpose unbind unflatten _unsafe_view unsqueeze view zero_ zeros zeros_like
-"""
-MOVES = frozenset(f"aten::{name}" for name in _MOVES.split())
-"""Operators that compute nothing: what a branch for the meta device consists of."""
-
 _PATCHING = threading.RLock()  # of `follow_functions`
-SUMS = frozenset({"aten::sum", "aten::mean", "aten::cumsum"})
 
 
 class OperatorCounter(TorchDispatchMode):

@@ -268,7 +268,14 @@ def training_mode(subject: Subject) -> str | None:
 
 
 def gradients(subject: Subject) -> str | None:
-    """Every parameter that is trained gets a gradient, and little is frozen."""
+    """Every parameter that is trained is real and gets a gradient, and little is frozen."""
+    weights = subject.moved.weights()
+    for name in subject.moved.trained():
+        if np.iscomplexobj(weights[name]):  # which neither torch's fused AdamW nor the average of the weights takes
+            raise Failure(
+                f"expected real parameters, came {weights[name].dtype} of {name}: keep it as a float32 parameter with a last "
+                "axis of 2, and make it complex in the call (torch.view_as_complex; in JAX w[..., 0] + 1j * w[..., 1])"
+            )
     # Many images, because a network may choose parts of itself by image or label.
     _, found = subject.moved.gradients(subject.inputs(MANY_IMAGES), slice(None))
     silent = [name for name, value in found.items() if value is None or not np.any(value)]
@@ -280,7 +287,7 @@ def gradients(subject: Subject) -> str | None:
     frozen = subject.moved.frozen()
     if not frozen:
         return None
-    sizes = {name: value.size for name, value in subject.moved.weights().items()}
+    sizes = {name: value.size for name, value in weights.items()}
     of_frozen = sum(sizes[name] for name in frozen)
     share = of_frozen / (of_frozen + sum(sizes[name] for name in found))
     if share > FROZEN:

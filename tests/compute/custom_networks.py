@@ -103,6 +103,13 @@ class ByElements(Base):
         return (x[..., None] * a).sum(-1)
 
 
+class ByCholesky(Base):
+    """An operator of torch of which the convention knows nothing."""
+
+    def mix(self, x, a):
+        return x * torch.linalg.cholesky_ex(torch.eye(WIDTH, device=x.device)).L.diagonal() + a.mean()
+
+
 class Moves(Base):
     """What torch.jit writes down otherwise: pixel_shuffle, flip, padding="same"."""
 

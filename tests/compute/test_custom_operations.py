@@ -69,6 +69,13 @@ def test_a_function_that_shows_nothing_anywhere_is_named(monkeypatch):
     assert status == "note" and "autograd.Function Mix counts nothing" in message
 
 
+def test_an_operator_of_torch_counts_as_declared():
+    with pytest.raises(RunError, match="aten::linalg_cholesky_ex .* declare its compute"):
+        trace(networks.spec_of(networks.ByCholesky))
+    register_flops("aten::linalg_cholesky_ex", lambda x, **options: x.shape[-1] ** 3 // 6)
+    assert trace(networks.spec_of(networks.ByCholesky)).flops == networks.OUTSIDE + networks.WIDTH**3 // 6
+
+
 def test_torchs_own_registrations_are_honoured():
     from torch.utils.flop_counter import flop_registry, register_flop_formula
 
@@ -111,7 +118,8 @@ def test_products_that_are_summed_element_by_element_are_warned_of():
     ("arguments", "message"),
     [
         ((print, count), "is no operator of torch.library, no torch.autograd.Function and no JAX primitive"),
-        (("aten::mm", count), "aten::mm is an operator of torch"),
+        (("aten::mm", count), "aten::mm is an operator of torch, which the convention counts$"),
+        ((torch.ops.aten.mul, count), "aten::mul is an operator of torch, which the convention calls free$"),
         (("doors_test::mix",), "needs count, a function that returns its flops, or composed"),
     ],
 )

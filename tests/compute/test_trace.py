@@ -1,5 +1,6 @@
 """The tracer: every kind of call, every counted operator, and no silent zero."""
 
+import math
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from backbones.dit.spec import SPECS
-from harness.compute.trace_torch import COUNTED, FREE, trace
+from harness.compute.trace_torch import COUNTED, FREE, OperatorCounter, trace
 from harness.errors import RunError, UserError
 from harness.spec import BackboneSpec
 
@@ -39,6 +40,19 @@ class Toy(nn.Module):
 class Strange(Toy):
     def forward(self, x, t, y):
         return torch.linalg.cholesky(x) + t
+
+
+class Spectral(nn.Module):
+    """Mixes the tokens in the Fourier domain, with a complex matrix for each frequency."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, 2, 6, 4, dtype=torch.complex64))
+
+    def forward(self, x, t, y):
+        spectrum = torch.fft.rfft2(torch.cat([x, x], 1))  # (1, 2, 6, 4), complex
+        out = torch.fft.irfft2(torch.einsum("nihw,iohw->nohw", spectrum.conj(), self.weight), s=(6, 6))
+        return torch.fft.ifft(torch.complex(out, out), dim=2).real
 
 
 class Shape(nn.Module):
@@ -93,6 +107,39 @@ def test_frozen_parameters_are_not_counted():
 def test_unknown_operator_is_an_error_that_names_it():
     with pytest.raises(RunError, match=r"'toy'.*aten::linalg_cholesky.*closed_form"):
         trace(toy("Strange"))
+
+
+def test_fourier_transforms_and_complex_products_are_counted():
+    count = trace(toy("Spectral"))
+    transforms = [
+        round(5 / 4 * 2 * 36 * math.log2(36)),  # real, of 36 values, 2 channels
+        round(5 / 4 * 2 * 36 * math.log2(36)),  # back
+        round(5 / 2 * 2 * 36 * math.log2(6)),  # complex, of 6 values
+    ]
+    assert [row.flops for row in count.rows if row.kind == "fft"] == transforms
+    assert count.flops - sum(transforms) == 4 * 4 * 24  # 4 multiply-adds for each complex one
+
+
+FREE_CALLS = {
+    "top-k": lambda x: x.topk(2).values.sort().values,
+    "scattered sums": lambda x: x.scatter_add(1, torch.zeros(x.shape, dtype=torch.int64, device=x.device), x),
+    "prelu": lambda x: F.prelu(x, torch.ones(1, device=x.device)),
+    "complex": lambda x: torch.polar(x, x).conj().angle(),
+    "resampling": lambda x: F.interpolate(
+        F.grid_sample(x, x[:, :2].permute(0, 2, 3, 1), align_corners=False).flatten(2), scale_factor=2.0
+    ),
+    "padding": lambda x: F.pad(x.flatten(2), (1, 1), mode="replicate"),
+    "shuffled channels": lambda x: F.channel_shuffle(x, 2),
+    "random numbers": lambda x: F.gumbel_softmax(x) + torch.empty_like(x).uniform_(),
+}
+
+
+@pytest.mark.parametrize("call", FREE_CALLS.values(), ids=FREE_CALLS)
+def test_what_has_no_multiply_adds_is_free(call):
+    counter = OperatorCounter("toy", ())
+    with counter:
+        call(torch.zeros(1, 4, 6, 6, device="meta"))
+    assert counter.rows == []
 
 
 def test_no_operator_is_both_counted_and_free():

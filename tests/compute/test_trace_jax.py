@@ -1,5 +1,6 @@
 """The tracer of Flax networks: every counted primitive, no silent zero, and the closed form to the last flop."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -66,9 +67,23 @@ class Called(nnx.Module):
             return jax.checkpoint(jax.jit(step))(x)
         if self.how == "cholesky":
             return jnp.linalg.cholesky(step(x))
+        if self.how == "qr":
+            return jnp.linalg.qr(step(x))[0]
         if self.how == "sort":
-            return jnp.sort(step(x))
+            return jnp.sort(step(x)) + jax.lax.top_k(x, 2)[0][..., :1] + jnp.zeros(x.shape).at[0, 0, t].add(x[0, 0, t])
         return step(x)
+
+
+class Spectral(nnx.Module):
+    """Mixes the tokens in the Fourier domain, with a complex matrix for each frequency."""
+
+    def __init__(self, **arguments):
+        self.weight = nnx.Param(jnp.ones((2, 2, 6, 4), jnp.complex64))
+
+    def __call__(self, x, t, y):
+        spectrum = jnp.fft.rfft2(jnp.concatenate([x, x], 1))  # (1, 2, 6, 4), complex
+        out = jnp.fft.irfft2(jnp.einsum("nihw,iohw->nohw", spectrum.conj(), self.weight[...]), s=(6, 6))
+        return jnp.fft.ifft(out + 1j * out, axis=2).real
 
 
 class Twice(nnx.LayerNorm):
@@ -127,19 +142,30 @@ def test_every_counted_kind_by_hand():
     assert trace(toy()).flops == count.flops + 36 * 4  # the quiet norm
 
 
-@pytest.mark.parametrize(("how", "times"), [("", 1), ("scan", 5), ("jit and remat", 1), ("same cond", 1)])
+@pytest.mark.parametrize(("how", "times"), [("", 1), ("scan", 5), ("jit and remat", 1), ("same cond", 1), ("sort", 1)])
 def test_what_is_run_inside_is_counted(how, times):
     assert trace(called(how)).flops == times * 6 * 6 * 6
 
 
 @pytest.mark.parametrize(
     ("how", "what"),
-    [("cholesky", "primitive cholesky"), ("sort", "sort"), ("while", "while_loop"), ("cond", "branches")],
+    [("cholesky", "primitive cholesky"), ("qr", "householder|qr"), ("while", "while_loop"), ("cond", "branches")],
 )
 def test_unknown_arithmetic_is_an_error_that_names_it(how, what):
     with pytest.raises(RunError, match=rf"'toy'.*{what}.*closed_form") as failure:
         trace(called(how))
     assert "\n" not in str(failure.value)
+
+
+def test_fourier_transforms_and_complex_products_are_counted():
+    count = trace(toy(Spectral))
+    transforms = [
+        round(5 / 4 * 2 * 36 * math.log2(36)),  # real, of 36 values, 2 channels
+        round(5 / 4 * 2 * 36 * math.log2(36)),  # back
+        round(5 / 2 * 2 * 36 * math.log2(6)),  # complex, of 6 values
+    ]
+    assert [row.flops for row in count.rows if row.kind == "fft"] == transforms
+    assert count.flops - sum(transforms) == 4 * 4 * 24  # 4 multiply-adds for each complex one
 
 
 def test_a_derived_normalisation_is_counted_once():
@@ -151,7 +177,7 @@ def test_tracing_leaves_no_mark():
     trace(toy())
     assert nnx.LayerNorm.__call__ is before
     with pytest.raises(RunError):
-        trace(called("sort"))
+        trace(called("qr"))
     net = Derived()
     assert "harness" not in str(jax.make_jaxpr(lambda x: net(x, None, None))(jnp.zeros((1, 6))))
 

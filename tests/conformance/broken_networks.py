@@ -80,6 +80,17 @@ class IgnoresOutChannels(Good):
         super().__init__(**{**arguments, "out_channels": 2 * arguments["in_channels"]})
 
 
+class Complex(Good):
+    """Complex parameters, as Fourier layers are often written."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.twist = nn.Parameter(torch.ones(1, dtype=torch.complex64))
+
+    def forward(self, x, t, y):
+        return (super().forward(x, t, y) * self.twist).real
+
+
 class IgnoresTime(Good):
     def condition(self, t, y):
         return super().condition(t * 0, y)

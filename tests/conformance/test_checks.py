@@ -40,6 +40,7 @@ def test_a_good_network_passes():
         (networks.WritesIntoLabel, "inputs stay as they are", "a changed y"),
         (networks.Random, "the same output twice", "random"),
         (networks.IdleParameter, "gradients", "came none for 1, such as idle"),
+        (networks.Complex, "gradients", "expected real parameters, came complex64 of twist: keep it as a float32"),
         (networks.HalfFrozen, "gradients", "such as into.weight: make what is fixed a buffer"),
         (networks.Float64, "output", "expected float32 from float32 inputs, came float64"),
         (networks.BatchNorm, "images do not depend on each other", "batch norm"),

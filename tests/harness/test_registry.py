@@ -20,6 +20,14 @@ def test_an_unknown_name_is_refused_with_the_nearest():
         backbones.get("dit-xl2")
 
 
+@pytest.mark.parametrize("name", ["frobnicator", "u-vit-2xs-2"])
+def test_an_unknown_name_may_be_of_a_package_that_is_not_installed(name):
+    with pytest.raises(
+        UserError, match=r"'; (known:|did you mean) .*; one of your own needs pip install -e FOLDER, or"
+    ):
+        backbones.get(name)
+
+
 def test_a_built_in_name_is_taken_also_before_anything_is_loaded():
     registry = Registry("harness.backbones", "backbone", BackboneSpec)
     with pytest.raises(UserError, match="'dit-xl-2' is taken by backbone-harness"):

@@ -152,6 +152,8 @@ def test_mixed_versions_are_warned_of(measured):
     resumed = trained(measured, seed=4, versions={"torch": "2.12.0, then 2.13.0"})
     assert cautions([resumed]) == ["trained with torch 2.12.0, then 2.13.0"]
     assert cautions([trained(measured), trained(measured, seed=1)]) == []  # nothing is known of either
+    beside_a_package = [one, trained(measured, seed=5, versions={"torch": "2.12.0", "my-mixer": "0.1.0"})]
+    assert cautions(beside_a_package) == []  # the network of the other one is no part of that package
     (found,) = [group_of([one, same, other])]
     assert len(found.seeds) == 3
 
