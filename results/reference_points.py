@@ -237,6 +237,13 @@ def is_point(path: Path) -> bool:
     return isinstance(data, dict) and {"seeds", "rows", "backbone"} <= data.keys()
 
 
+def find(path: Path) -> ReferencePoint | None:
+    """The point in a file, or the packaged one of this name; None: neither."""
+    if is_point(path):
+        return read(path)
+    return None if path.exists() else next((point for point in packaged() if point.name == str(path)), None)
+
+
 def packaged() -> list[ReferencePoint]:
     """The points that are packaged, by name."""
     folder = resources.files("results").joinpath("reference_points")

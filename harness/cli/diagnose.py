@@ -15,7 +15,8 @@ from harness.cli.flags_from_settings import COUNT, PATH, TEXT, entry_option, jso
 @click.argument("path", metavar="RUN|SAMPLES", type=PATH)
 @click.option(
     "--against", type=PATH, metavar="PATH",
-    help="What is expected: a run, a sample set, a record file, or a reference point. [default: the protocol]",
+    help="What is expected: a run, a sample set, a record file, or a reference point: a file, or the name of a packaged "
+    "one. [default: the protocol]",
 )  # fmt: skip
 @click.option("--protocol", type=TEXT, metavar="NAME|FILE.toml", help="Of samples without a run.")
 @click.option("--data", type=PATH, help="The images of the training, if the protocol's data set needs a path.")

@@ -70,13 +70,15 @@ def make_reference_point(folders: Sequence[Path], marks: Sequence[int], name: st
         if len(read_losses(run)) < max(marks):
             raise UserError(f"{run.folder} has done {len(read_losses(run))} steps, and the point needs {max(marks)}")
     versions = first.environment.get("versions", {})
+    commits = {run.environment.get("git_commit") for run in runs} - {None}
     point = make(
         [(run.seed, values_of(run, marks)) for run in runs],
         backbone=first.backbone, protocol=first.protocol.name, framework=first.framework,
         dataset_sha256=first.identity["dataset_sha256"], recipe=first.identity["recipe"],
         made={
-            "device": first.resolved.device_name, "precision": first.resolved.precision,
-            "torch": versions.get("torch"), "harness": first.environment.get("harness_version"),
+            "device": first.resolved.device_name, "precision": first.resolved.precision, "threads": first.resolved.threads,
+            "harness": first.environment.get("harness_version"), "git_commits": sorted(commits),
+            "versions": {name: versions[name] for name in ("python", first.framework, "numpy") if name in versions},
         },
     )  # fmt: skip
     return point if name is None else replace(point, name=name)

@@ -18,9 +18,10 @@ from harness.planning.request import IN_CONTINUOUS_TIME
 from harness.runs.run import Run, recipe_identity
 from results.experiments import sampling_text, student_t
 from results.records import Evaluation, Record, Sampling
-from results.reference_points import Quantity, ReferencePoint, is_point, read
+from results.reference_points import Quantity, ReferencePoint, find
 from results.store import find_record_files, load
 
+N, SUITE = 2, 3  # where `results.records.comparable_key` has them
 SURE = 0.9975  # quantile of a new seed's distance: two-sided, one healthy seed of 200 lies outside
 
 
@@ -48,8 +49,8 @@ def expectation(subject: Subject, against: Path | None) -> Expectation:
     """What is expected: of `against`, a run, a sample set, a record file or a reference point; else of the protocol."""
     if against is None:
         return _of_protocol(subject)
-    if is_point(against):
-        return _of_point(subject, read(against))
+    if (point := find(against)) is not None:
+        return _of_point(subject, point)
     if (against / "run.json").is_file() or against.suffix == ".npz" or (against / "samples.npz").is_file():
         samples, run = find_samples(against)
         folder = samples.parent if run is None else run.folder
@@ -99,9 +100,9 @@ def _of_point(subject: Subject, point: ReferencePoint) -> Expectation:
     distance = None
     record = subject.record
     if record is not None:
-        key = (subject.step, subject.metric.key, sampling_text(record))
+        key = (subject.step, subject.metric.key, sampling_text(record), subject.config.suite.name)
         for quantity, values in point.values.items():
-            if (quantity.step, quantity.name, quantity.sampling) == key:
+            if quantity.key and (quantity.step, quantity.name, quantity.sampling, quantity.key[SUITE]) == key:
                 distance = _of_seeds(values)
     of_protocol = _of_protocol(subject)
     return Expectation(
@@ -120,7 +121,7 @@ def _of_seeds(values: tuple[float, ...]) -> Distance:
 
 def _n_of(point: ReferencePoint) -> int | None:
     keys: list[Quantity] = [quantity for quantity in point.values if quantity.key]
-    return int(keys[0].key[2]) if keys else None  # of `comparable_key`
+    return int(keys[0].key[N]) if keys else None
 
 
 def _of_records(

@@ -57,8 +57,8 @@ def diagnose(
 ) -> Diagnosis:
     """Find the stage from which a gap in quality comes.
 
-    path: a run, or a sample set. against: a run, a sample set, a record file or a reference point; None: the run's protocol
-    and its own evidence. The others: as of `harness evaluate`; reference: the images that samples should be compared with.
+    path: a run, or a sample set. against: a run, a sample set, a record file or a reference point (a file, or the name of a
+    packaged one); None: the run's protocol and its own evidence. The others: as of `harness evaluate`; reference: the images that samples should be compared with.
     images: at most so many are drawn again. Nothing is written but the cache. UserError for what cannot be read.
     """
     subject = open_subject(

@@ -14,7 +14,9 @@ from harness.diagnose.convergence import check_convergence, make_reference_point
 from harness.errors import UserError
 from harness.pipeline.evaluation_config import EvaluationConfig
 from harness.pipeline.measure import evaluate_and_record
-from harness.runs.run import open_run
+from harness.pipeline.train import RunSession
+from harness.planning.request import make_request
+from harness.runs.run import Resolved, open_run
 from harness.runs.samples import read_sidecar, write_samples
 
 POINT_SEEDS, STEPS = 8, 300
@@ -45,6 +47,24 @@ def test_a_run_against_its_seeds(tmp_path):
     assert not other.passed and other.recipe_differences == {"weight_decay": (0.3, 0.0)}
     with pytest.raises(UserError, match="different experiments"):
         make_reference_point([tmp_path / "s0", tmp_path / "other"], [6])
+
+
+def test_a_run_finds_the_packaged_point_by_itself(tmp_path):
+    """A hundred steps of the smallest backbone; with a tenth of the learning rate they are worse."""
+    found = {}
+    for name, settings in (("healthy", {}), ("slow", {"learning_rate": "0.0002"})):
+        request = make_request(
+            backbone="dit-3xs-8", protocol="digits", steps=100, seed=77, settings={"objective": "sit", **settings}
+        )  # fmt: skip
+        session = RunSession(request, load(), tmp_path / name)
+        session.create(
+            Resolved(device="cpu", device_name="test", precision="float32", micro_batch=128, threads=1)
+        )  # fmt: skip
+        session.train(100)
+        found[name] = check_convergence(tmp_path / name)
+    assert found["healthy"].point == "digits-dit-3xs-8" and found["healthy"].passed, found
+    assert [str(each.quantity) for each in found["healthy"].deviations] == ["loss at step 100"]
+    assert found["slow"].verdict == "worse" and found["slow"].recipe_differences == {"learning_rate": (0.0002, 0.002)}
 
 
 def memorise(source, target):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import small_trained as small
 from click.testing import CliRunner
 from PIL import Image
 
+import harness
 from harness.cli import group
 from harness.data.digits import load
 from harness.data.images import ImageSet
@@ -187,6 +189,7 @@ def test_what_breaks_sampling_or_evaluation_is_named(home, stage, break_it):
     break_it(home)
     folder = {"N": "count"}.get(stage, stage.lower())
     found = run_diagnose(home, folder)
+    print(found.conclusion)
     assert named(found) == [stage], found.findings
     assert not found.healthy and f"the stage {stage}" in found.conclusion
     share = of_stage(found, stage).share
@@ -326,6 +329,21 @@ def test_a_learning_rate_times_ten_is_named(home):
     print(found.conclusion)
     assert named(found) == ["loss"] and "learning_rate is 0.1, expected 0.01" in found.conclusion, found
     assert run_diagnose(home, "steep", against=None).healthy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("rate", "end"), [("2e-3", "healthy"), ("2e-2", "the stage loss")])
+def test_a_learning_rate_times_ten_is_named_by_a_packaged_point(tmp_path, rate, end):
+    """The smallest backbone with the recipe of its point, and with ten times its learning rate."""
+    settings = {"objective": "sit", "learning_rate": rate}
+    harness.run(
+        backbone="dit-3xs-8", set=settings, seed=50, sampling_steps=(50,), precision="float32", micro_batch=128,
+        out=tmp_path / "run", report=False,
+    )  # fmt: skip
+    found = diagnose(tmp_path / "run", Path("digits-dit-3xs-8"))
+    print(found.conclusion)
+    assert end in found.conclusion and found.expected is not None, found
+    assert found.healthy or "learning_rate is 0.02, expected 0.002" in found.conclusion
 
 
 @pytest.mark.slow

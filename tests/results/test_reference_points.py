@@ -1,15 +1,21 @@
 """Reference convergence points: how often a healthy seed is called worse or better, and what is caught."""
 
+import dataclasses
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from harness import registry
 from harness.cli import group
+from harness.data.digits import load
 from harness.errors import UserError
-from results.reference_points import Quantity, check, loss_at, losses_at, make, matching, read
+from harness.planning.request import make_request
+from harness.runs.run import recipe_identity
+from results.reference_points import Quantity, check, find, loss_at, losses_at, make, matching, packaged, read
 
 LOSSES = [Quantity(step=step, name="loss") for step in (50, 100, 200)]
 DISTANCES = [
@@ -94,3 +100,47 @@ def test_the_loss_is_the_mean_of_the_last_fifth():
     losses = [float(step) for step in range(1, 101)]
     assert loss_at(losses, 100) == pytest.approx(sum(range(81, 101)) / 20) and loss_at(losses, 1) == 1.0
     assert [quantity.step for quantity in losses_at(losses, (50, 100, 200))] == [50, 100]
+
+
+# What is shipped: point -> settings of the recipe other than the protocol's.
+SHIPPED = {
+    "digits-dit-3xs-8": {"objective": "sit"},
+    "fashion-mnist-16-dit-2xs-4": {},
+    "fashion-mnist-16-dit-3xs-8": {},
+}
+
+
+def test_these_points_are_packaged():
+    assert {point.name for point in packaged()} == SHIPPED.keys()
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_packaged_point_is_of_its_protocol(name):
+    point = find(Path(name))
+    assert point.name == name == f"{point.protocol}-{point.backbone}" and point.backbone in registry.backbones
+    request = make_request(backbone=point.backbone, protocol=point.protocol, settings=SHIPPED[name])
+    assert not point.recipe_differences(recipe_identity(request.recipe))
+    assert len(point.seeds) >= 5 and {"git_commits", "device", "versions", "threads"} <= point.made.keys()
+    if point.protocol == "digits":
+        assert point.dataset_sha256 == load().sha256
+    end = request.recipe.steps
+    assert {quantity.step for quantity in point.values if quantity.name == "loss"} == {100, end // 2, end}
+    (distance,) = [quantity for quantity in point.values if quantity.key and quantity.key[3] == request.protocol.suite]
+    steps = max(request.protocol.sampling.steps)  # of which `harness run` makes a sample set
+    assert (distance.step, distance.sampling) == (end, f"dpm++-2m-{steps}")
+    assert distance.key[:3] == (request.protocol.dataset, request.protocol.resolution, request.protocol.samples)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_seeds_of_a_packaged_point_are_as_expected_of_the_others(name):
+    point = find(Path(name))
+    alarms = 0
+    for left_out in range(len(point.seeds)):
+        others = {quantity: values[:left_out] + values[left_out + 1 :] for quantity, values in point.values.items()}
+        seeds = point.seeds[:left_out] + point.seeds[left_out + 1 :]
+        values = {quantity: values[left_out] for quantity, values in point.values.items()}
+        found = check(dataclasses.replace(point, seeds=seeds, values=others), values, point.recipe)
+        alarms += not found.passed
+    assert alarms <= 1
+    halved = {quantity: values[0] / 2 for quantity, values in point.values.items()}
+    assert check(point, halved, point.recipe).verdict == "suspiciously better"
