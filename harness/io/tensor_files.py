@@ -57,6 +57,6 @@ def _pieces(tensors: Mapping[str, np.ndarray]) -> Iterator[memoryview]:
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in names:
         array = tensors[name].astype(tensors[name].dtype.newbyteorder("<"), order="C", copy=False)
-        content = memoryview(array.reshape(-1).view(np.uint8))
+        content = array.reshape(-1).view(np.uint8).data
         for begin in range(0, len(content), PIECE_BYTES):
             yield content[begin : begin + PIECE_BYTES]
