@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 Network: TypeAlias = Any  # a torch.nn.Module or a flax.nnx.Module, which only the backend that made it uses
 
 
+# of a checkpoint: (part name, function that returns its tensors by name)
+Parts: TypeAlias = "list[tuple[str, Callable[[], Mapping[str, np.ndarray]]]]"
+
+
 class DeviceInfo(NamedTuple):
     """The device, or the devices of this process, that samples are drawn on."""
 
@@ -54,11 +58,14 @@ class Engine(Protocol):
     def finite(self) -> bool:
         """Whether every weight is finite."""
 
-    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
-        """The parts of a checkpoint: (part name, function that returns its tensors by name). One part is "ema".
+    def state_dicts(self, *, copy: bool = False) -> Parts:
+        """The parts of a checkpoint, one of which is "ema".
 
         Every process must call the functions, because they gather sharded tensors. The result counts in the main process
         alone; in the others it may be empty.
+
+        copy: of the state as it is now, on the host: the functions may then be called in another thread while later steps
+        change the state, and they gather nothing. Without it, they must be called before the next step.
         """
 
     def load(self, part: str, path: Path) -> None:

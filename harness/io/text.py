@@ -120,6 +120,13 @@ def read_number(value: Any) -> float:
         raise ValueError(f"{value!r} is not a valid float.") from None
 
 
+def read_seconds(value: Any) -> float:
+    """A duration in seconds, more than 0."""
+    if (number := read_number(value)) <= 0:
+        raise ValueError("must be more than 0")
+    return number
+
+
 def read_fraction(value: Any) -> float:
     """A number from 0 to 1."""
     number = read_number(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -95,14 +96,16 @@ def open_session(request: Request, options: TrainOptions) -> RunSession:
         raise UserError(text)
     data = training_data(request.protocol, request.data)
     folder = options.out or RUNS_FOLDER / request.run_spec(data).name
-    return RunSession(request, data, folder, group, options.logger, options.mesh)
+    grace = math.inf if options.grace is None else options.grace
+    return RunSession(request, data, folder, group, options.logger, options.mesh, grace)
 
 
 class RunSession:
     """A run that is being created or continued, with its data and its process group.
 
     run: None until the run exists on disk. loggers: names of `harness list loggers`. mesh: as --mesh gives it; None:
-    not given. Raises `UserError` if the data do not fit the protocol, or if the folder holds another run or other files.
+    not given. grace: as in `training_loop.train`. Raises `UserError` if the data do not fit the protocol, or if the folder
+    holds another run or other files.
     """
 
     def __init__(
@@ -113,9 +116,10 @@ class RunSession:
         group: ProcessGroup = SINGLE_PROCESS,
         loggers: Sequence[str] = (),
         mesh: str | None = None,
+        grace: float = math.inf,
     ):
         self.request, self.data, self.folder, self.group = request, data, folder, group
-        self.loggers, self.mesh = loggers, mesh
+        self.loggers, self.mesh, self.grace = loggers, mesh, grace
         self.spec = request.run_spec(data)  # of the run; the backbone's is request.spec
         data.check(request.protocol)
         check_labels(data, request.protocol.num_classes)
@@ -285,6 +289,7 @@ class RunSession:
             group=self.group,
             loggers=self.loggers,
             snapshot_steps=snapshot_steps(request.recipe, request.recipe.steps),
+            grace=self.grace,
         )
 
 

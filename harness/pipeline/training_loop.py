@@ -13,28 +13,38 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup, Stopped
 from harness.engines.ema import power_part
-from harness.engines.interfaces import Engine
+from harness.engines.interfaces import Engine, Parts
+from harness.engines.memory import USABLE_SHARE, host_free_bytes
 from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.loggers import Loggers
 from harness.runs import checkpoints
+from harness.runs.checkpoints import Checkpoint
 from harness.runs.provenance import TrainingTime, versions_in_turn
 from harness.runs.run import Run, training_plugins
 
 logger = logging.getLogger(__name__)
 
 MAX_LOST_SECONDS = 300.0  # a kill loses at most this much work, or one step
-# Checkpoints take at most this share of the time, unless more than MAX_LOST_SECONDS of work could then be lost, which is
-# so if one takes more than CHECKPOINT_SHARE * MAX_LOST_SECONDS = 6 s (the 11 GB of XL/2 on a slow disk).
+# Writing checkpoints takes at most this share of the time, unless more than MAX_LOST_SECONDS of work could then be lost,
+# which is so if one takes more than about CHECKPOINT_SHARE * MAX_LOST_SECONDS = 6 s (the 11 GB of XL/2 on a slow disk). The
+# training goes on meanwhile, but a disk and a processor are busy.
 CHECKPOINT_SHARE = 0.02
 MIN_CHECKPOINT_SECONDS = 2.0  # between two checkpoints
+COPY_BYTES = (
+    2  # free memory that a copy of the state needs, in its own size: pinned blocks are rounded up to powers of two
+)
+GRACE_SHARE = (
+    0.9  # of the seconds between SIGTERM and SIGKILL, for the checkpoint; the rest is for the end of the process
+)
 DISK_BYTES_PER_SECOND = 1e9  # assumed until a checkpoint has been written
 LOG_SECONDS = 0.5  # between two transfers of losses from the device to the log
 # The processes of a group agree on stopping and on checkpoints every AGREE_STEPS steps, or about every AGREE_SECONDS if
@@ -56,12 +66,15 @@ def train(
     group: ProcessGroup = SINGLE_PROCESS,
     loggers: Sequence[str] = (),
     snapshot_steps: Collection[int] = (),
+    grace: float = math.inf,
 ) -> None:
     """Train `run` from its newest checkpoint until `until` steps are done, and keep the EMA weights of that step.
 
     gflops_step: training compute of a step, for the progress bar. state_bytes: size of a checkpoint. device: the device's
     name, under which checkpoints record the training time. group: the processes that train together. loggers: names of
-    `harness list loggers`. snapshot_steps: further steps whose averages of the recipe's `ema_widths` are kept.
+    `harness list loggers`. snapshot_steps: further steps whose averages of the recipe's `ema_widths` are kept. grace:
+    seconds from Ctrl-C or SIGTERM in which the process must end; if they do not suffice for a checkpoint, the one before is
+    kept.
 
     Raises Stopped after Ctrl-C or SIGTERM, when the checkpoint is written; UserError if the run is past step `until` and
     the EMA weights of that step were not kept; RunError if a loss or a weight is not finite.
@@ -85,8 +98,9 @@ def train(
             engine.load(name, checkpoint.part(name))
         logger.info(f"continues from the checkpoint of step {done}")
     snapshots_due = {*snapshot_steps, until} if run.recipe.widths else set()
-    if group.is_main and done in snapshots_due:  # the process may have been killed after it wrote the checkpoint
-        keep_snapshot(run, done)
+    # The process may have been killed after it wrote the checkpoint.
+    if group.is_main and checkpoint is not None and done in snapshots_due:
+        keep_snapshot(run, checkpoint)
     training_time = TrainingTime(None if checkpoint is None else checkpoint.state, device)
     plugins = training_plugins(run.backbone, run.recipe)
     versions = versions_in_turn(None if checkpoint is None else checkpoint.state, run.framework, plugins.values())
@@ -94,12 +108,13 @@ def train(
     with (
         _log(run.log, done, group) as log,
         closing(Loggers(loggers if group.is_main else (), run, done, engine.loss_terms)) as open_loggers,
-        _interrupt(group) as interrupted,
+        _interrupt(grace) as (interrupted, deadline),
         Bar("train", until, "it", done) as bar,
+        checkpoints.Writer(deadline) as writer,
     ):
         manager = CheckpointManager(
             run, engine, log, open_loggers, done, training_time, cost=state_bytes / DISK_BYTES_PER_SECOND,
-            versions=versions, group=group,
+            versions=versions, group=group, state_bytes=state_bytes, newest=checkpoint, writer=writer,
         )  # fmt: skip
         stop = bool(group.all_max(int(interrupted())))
         # A process of a group must not leave a step alone: the others would wait for it. `decide` stops all of them.
@@ -116,37 +131,40 @@ def train(
                 bar.advance(1, note)
                 stop, checkpoint_due = manager.decide(interrupted())
                 if checkpoint_due or manager.done in snapshots_due:
-                    manager.checkpoint()
-                if group.is_main and manager.done in snapshots_due:
-                    keep_snapshot(run, manager.done)
+                    manager.checkpoint(keep=manager.done in snapshots_due)
             else:  # interrupted within the step, which does not count
                 stop = True
         manager.checkpoint()
+        manager.wait()
+        stop = stop or bool(group.all_max(int(interrupted())))  # during the last checkpoint
     if stop:
-        logger.info(f"stopped; checkpoint of step {manager.done} is in {run.checkpoints}; the same command continues")
+        late = "" if manager.saved == manager.done else f"{grace:g} s were too short for step {manager.done}; "
+        logger.info(
+            f"stopped; {late}checkpoint of step {manager.saved} is in {run.checkpoints}; the same command continues"
+        )
         raise Stopped
     if group.is_main:
-        keep_ema_checkpoint(run, until)
+        assert manager.newest is not None
+        keep_ema_checkpoint(run, manager.newest)
     group.barrier("the EMA checkpoint is kept")
 
 
-def keep_ema_checkpoint(run: Run, step: int) -> None:
-    """Keep the EMA weights of the checkpoint of `step` for sampling, in the folder of the EMA checkpoint."""
-    _keep_parts(run, step, run.ema_checkpoint(step), ["ema"])
+def keep_ema_checkpoint(run: Run, checkpoint: Checkpoint) -> None:
+    """Keep the EMA weights of the checkpoint for sampling, in the folder of the EMA checkpoint."""
+    _keep_parts(checkpoint, run.ema_checkpoint(checkpoint.step), ["ema"])
 
 
-def keep_snapshot(run: Run, step: int) -> None:
-    """Keep the averages of the recipe's `ema_widths` in the checkpoint of `step`, unless they were kept before."""
-    if step not in run.posthoc_steps():
-        _keep_parts(run, step, run.posthoc_checkpoint(step), list(map(power_part, run.recipe.widths)))
+def keep_snapshot(run: Run, checkpoint: Checkpoint) -> None:
+    """Keep the averages of the recipe's `ema_widths` in the checkpoint, unless they were kept before."""
+    if checkpoint.step not in run.posthoc_steps():
+        _keep_parts(checkpoint, run.posthoc_checkpoint(checkpoint.step), list(map(power_part, run.recipe.widths)))
 
 
-def _keep_parts(run: Run, step: int, folder: Path, parts: Sequence[str]) -> None:
-    """Keep these parts of the checkpoint of `step` in `folder`.
+def _keep_parts(checkpoint: Checkpoint, folder: Path, parts: Sequence[str]) -> None:
+    """Keep these parts of the checkpoint in `folder`.
 
     They are hard links where the file system has these: they take no disk space while the checkpoint exists.
     """
-    checkpoint = checkpoints.verify(run.checkpoints / f"step-{step:08d}")
     entries = {}
     with files.explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -168,7 +186,7 @@ class CheckpointManager:
     """Writes the log and the checkpoints while a run is trained.
 
     done: training steps done so far. cost: estimated seconds for writing a checkpoint; measured once one is written.
-    versions: of `versions_in_turn`.
+    versions: of `versions_in_turn`. state_bytes: size of a checkpoint. newest: the checkpoint from which training continues.
     """
 
     def __init__(
@@ -182,21 +200,35 @@ class CheckpointManager:
         cost: float,
         versions: Sequence[Mapping[str, str]] = (),
         group: ProcessGroup = SINGLE_PROCESS,
+        state_bytes: int = 0,
+        newest: Checkpoint | None = None,
+        writer: checkpoints.Writer | None = None,
     ):
         self.run, self.engine, self.log, self.loggers, self.group = run, engine, log, loggers, group
-        self.done = self.logged = self.saved = done  # last step that is trained, in the log, in a checkpoint
+        self.done = self.logged = done  # last step that is trained, in the log
+        self.newest = newest  # complete checkpoint, in the main process
         self.loss: float | None = None  # of the newest step in the log
+        self._writer = writer or checkpoints.Writer()
+        self._begun = done  # step of the checkpoint that was begun last
+        self._beside = True  # whether the training went on while that one was written
         self._training_time = training_time
         self._versions = versions
-        self._cost = cost
-        # times at which losses were last logged, a checkpoint was last written, and the group last agreed
+        self._state_bytes, self._cost = state_bytes, cost
+        # times at which losses were last logged, a checkpoint was last begun, and the group last agreed
         self._logged_at = self._saved_at = self._agreed_at = time.monotonic()
         self._agreed = done  # step at which the group last agreed
         self._agree_steps = 1  # steps from there to the next agreement
 
+    @property
+    def saved(self) -> int:
+        """The step of the newest checkpoint that is complete; 0 without one."""
+        return 0 if self.newest is None else self.newest.step
+
     def count_step(self) -> None:
-        """Count a step as done, and log the losses if that is due."""
+        """Count a step as done, and log the losses if that is due. Raises the error of a checkpoint that failed."""
         self.done += 1
+        if self._writer.done:
+            self.wait()
         if self.group.size > 1:
             # All processes log at the same step, because logging raises for a loss that is not finite: a process that
             # stopped alone would leave the others waiting in a collective.
@@ -248,40 +280,69 @@ class CheckpointManager:
         return agreed >= STOP, bool(agreed & 1)
 
     def checkpoint_due(self) -> bool:
-        """Whether a checkpoint is due: the last one is old enough for CHECKPOINT_SHARE, or MAX_LOST_SECONDS old.
+        """Whether a checkpoint is due: the last one is old enough for CHECKPOINT_SHARE, or for MAX_LOST_SECONDS.
 
         Only the main process's answer counts: the others do not note when a checkpoint was written.
         """
-        wait = min(MAX_LOST_SECONDS, max(MIN_CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE))
+        most = MAX_LOST_SECONDS
+        if self._beside:  # a kill while the next one is written loses the work of this time, too
+            most = max(most - self._cost, self._cost)
+        wait = min(most, max(MIN_CHECKPOINT_SECONDS, self._cost / CHECKPOINT_SHARE))
         return time.monotonic() - self._saved_at >= wait
 
-    def checkpoint(self) -> None:
-        """Log the losses, and write a checkpoint unless this step has one. Raises RunError if a weight is not finite."""
+    def checkpoint(self, keep: bool = False) -> None:
+        """Log the losses, and begin a checkpoint unless that of this step was begun. Waits for the one before.
+
+        The training may go on meanwhile, unless the memory is too small for a copy of its state: then this writes the
+        checkpoint before it returns. keep: whether to `keep_snapshot` of it. Raises RunError if a weight is not finite, and the
+        error of the checkpoint before.
+        """
         self.log_losses()
-        if self.saved == self.done:
+        if self._begun == self.done:
             return
         if not self.engine.finite():
             self._fail(f"a weight is not finite after step {self.done}")
-        if not self.group.is_main:
-            for _, tensors in self.engine.state_dicts():  # all processes take part in collecting sharded tensors
-                tensors()
-            self.saved = self.done
-            return
+        self.wait()
         begin = time.monotonic()
+        room = host_free_bytes() * USABLE_SHARE > COPY_BYTES * self._state_bytes
+        self._beside = bool(self.group.broadcast(int(room)))  # the main process has the copy
+        parts = self.engine.state_dicts(copy=self._beside)
+        self._begun, self._saved_at = self.done, begin
+        if not self.group.is_main:
+            for _, tensors in parts:  # all processes take part in collecting sharded tensors
+                tensors()
+            return
         with files.explained(self.run.log):
             self.log.flush()
-            os.fsync(self.log.fileno())  # so that the log holds all steps of a checkpoint
-        self.loggers.flush()  # and so do the loggers
+        self.loggers.flush()  # so that the loggers hold all steps of the checkpoint
         spent = self._training_time.now()
         state = {"seconds": sum(spent.values()), "spent": spent, "trained_with": self._versions}
-        checkpoints.write(self.run.checkpoints, self.done, self.engine.state_dicts(), state)
-        self.saved = self.done
-        self._saved_at = time.monotonic()
-        self._cost = self._saved_at - begin
+        self._writer.start(partial(self._write, self.done, parts, state, begin, keep), beside=self._beside)
+        if not self._beside:
+            self.wait()
+            self._saved_at = time.monotonic()
+
+    def _write(
+        self, step: int, parts: Parts, state: dict[str, Any], begin: float, keep: bool, give_up: Callable[[], bool]
+    ) -> Checkpoint:
+        """Write the checkpoint of `step`, in the thread of the writer. begin: time at which it was begun."""
+        with files.explained(self.run.log):
+            os.fsync(self.log.fileno())  # so that the log holds all steps of a checkpoint
+        written = checkpoints.write(self.run.checkpoints, step, parts, state, give_up)
+        if keep:
+            keep_snapshot(self.run, written)
+        self._cost = time.monotonic() - begin
+        return written
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written. Raises its error."""
+        self.newest = self._writer.wait() or self.newest
 
     def _fail(self, what: str) -> None:
         """Raise RunError with the reason `what` and the last good checkpoint."""
         self.log.flush()
+        with suppress(RunError):  # the reason counts
+            self.wait()
         last_good = f"the last good checkpoint is of step {self.saved}" if self.saved else "there is no checkpoint yet"
         raise RunError(
             f"{what}; {last_good} in {self.run.checkpoints}. Try a lower learning rate (--set learning_rate=...), "
@@ -307,28 +368,29 @@ def _log(path: Path, done: int, group: ProcessGroup) -> Iterator[IO[str]]:
 
 
 @contextmanager
-def _interrupt(group: ProcessGroup = SINGLE_PROCESS) -> Iterator[Callable[[], bool]]:
-    """Yields a function that returns whether Ctrl-C or SIGTERM was received. A second Ctrl-C raises KeyboardInterrupt.
+def _interrupt(grace: float) -> Iterator[tuple[Callable[[], bool], Callable[[], float]]]:
+    """Yields functions that return whether Ctrl-C or SIGTERM was received, and when the last checkpoint is given up.
 
+    grace: seconds that the process then has. A second Ctrl-C raises KeyboardInterrupt.
     A second SIGTERM has no effect: a scheduler sends one to every process, and some launchers pass theirs on as well.
     """
-    received = False
+    received, deadline = False, math.inf
 
     def handle(number: int, frame: object) -> None:
-        nonlocal received
+        nonlocal received, deadline
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         if received:
             return
-        received = True
+        received, deadline = True, time.monotonic() + GRACE_SHARE * grace
         logger.info("stopping: writing a checkpoint (Ctrl-C once more to stop at once)")
 
     if threading.current_thread() is not threading.main_thread():  # only the main thread may set signal handlers
-        yield lambda: False
+        yield lambda: False, lambda: math.inf
         return
     before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: received
+        yield lambda: received, lambda: deadline
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -9,18 +9,22 @@ Nothing in them can execute code. Every part is checked against its SHA-256 befo
 
 from __future__ import annotations
 
-import errno
 import logging
+import math
 import re
+import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 
 from harness.errors import UserError
-from harness.io import files
+from harness.io import files, tensor_files
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +50,28 @@ class Checkpoint:
         return self.state["files"][f"{part}.safetensors"]["sha256"]
 
 
+class GivenUp(Exception):
+    """The writing of a checkpoint was given up. Nothing of it is left."""
+
+
 def write(
-    root: Path, step: int, parts: Iterable[tuple[str, Callable[[], Tensors]]], state: dict[str, Any]
+    root: Path,
+    step: int,
+    parts: Iterable[tuple[str, Callable[[], Tensors]]],
+    state: dict[str, Any],
+    give_up: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
     """Write the checkpoint of `step` below `root`, and remove older ones, so that at most KEPT exist.
 
-    parts: pairs of a name and a function that returns the tensors. The functions are called one at a time, because
-    safetensors copies what it writes, and copies of all four parts of XL/2 would not fit in memory beside the training
-    state. state: further items of state.json. Raises RunError if it cannot be written, for example because the disk is
-    full; no partial checkpoint is left then.
+    parts: pairs of a name and a function that returns the tensors. The functions are called one at a time, because copies
+    of all parts may not fit in memory. state: further items of state.json. give_up: asked before every few megabytes; GivenUp
+    is raised once it returns True. Raises RunError if the checkpoint cannot be written, for example because the disk is
+    full. After either no partial checkpoint is left.
     """
-    from safetensors.numpy import save_file
+
+    def before_piece() -> None:
+        if give_up():
+            raise GivenUp
 
     final = root / f"step-{step:08d}"
     partial = root / f"{final.name}{files.PARTIAL}"
@@ -72,21 +87,83 @@ def write(
         try:
             for name, get_tensors in parts:
                 path = partial / f"{name}.safetensors"
-                save_file(dict(get_tensors()), path)
-                path.chmod(0o644)  # safetensors lets only the owner read it, but people share runs
-                files.sync_file(path)
-                entries[path.name] = {"sha256": files.sha256_file(path), "bytes": path.stat().st_size}
-            files.write_json(partial / "state.json", {"schema": SCHEMA, "step": step, "files": entries, **state})
+                entries[path.name] = tensor_files.write(path, get_tensors(), before_piece)
+            state = {"schema": SCHEMA, "step": step, "files": entries, **state}
+            files.write_json(partial / "state.json", state)
             if final.exists():  # the same step again, after a resume from an older checkpoint; it has the same bytes
                 files.remove(final)
             partial.replace(final)
             files.sync_folder(root)
-        except BaseException as error:
+        except BaseException:
             files.remove(partial)
-            if _disk_full(error):  # as OSError, which `files.explained` turns into the RunError for a full disk
-                raise OSError(errno.ENOSPC, "No space left on device") from error
             raise
-    return Checkpoint(folder=final, step=step, state=files.read_json(final / "state.json", "checkpoint"))
+    return Checkpoint(folder=final, step=step, state=state)
+
+
+class Writer:
+    """Writes checkpoints in a thread, one after the other, while the training goes on.
+
+    A context manager, which waits at its end for the checkpoint that is being written; after KeyboardInterrupt that one is
+    given up. deadline: returns the time, of `time.monotonic`, at which a checkpoint is given up.
+    """
+
+    def __init__(self, deadline: Callable[[], float] = lambda: math.inf):
+        self._deadline = deadline
+        self._interrupted = False
+        self._written: Future[Checkpoint] | None = None  # of the checkpoint that `wait` has not returned yet
+
+    def start(self, write: Callable[[Callable[[], bool]], Checkpoint], *, beside: bool) -> None:
+        """Call `write` with the function that says whether to give up. `wait` must have been called before.
+
+        beside: in a thread, beside the caller; else `write` has ended when this returns.
+        """
+        assert self._written is None
+        written: Future[Checkpoint] = Future()
+
+        def run() -> None:
+            try:
+                written.set_result(write(self._give_up))
+            except BaseException as error:  # for the training's thread, which raises it
+                written.set_exception(error)
+
+        self._written = written
+        if beside:
+            # A daemon, because a process that is interrupted twice must end without it.
+            Thread(target=run, name="checkpoint", daemon=True).start()
+        else:
+            run()
+
+    def _give_up(self) -> bool:
+        return self._interrupted or time.monotonic() > self._deadline()
+
+    @property
+    def done(self) -> bool:
+        """Whether `wait` has a result that it returns, or an error that it raises, at once."""
+        return self._written is not None and self._written.done()
+
+    def wait(self) -> Checkpoint | None:
+        """Wait until the checkpoint is written, and return it; None if none was started since the last call, or if it was
+        given up. Raises what `write` raised."""
+        if self._written is None:
+            return None
+        try:
+            return self._written.result()
+        except GivenUp:
+            return None
+        finally:
+            if self._written.done():  # else Ctrl-C ended the waiting
+                self._written = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._interrupted = kind is not None and issubclass(kind, KeyboardInterrupt)
+        if kind is None:
+            self.wait()
+        else:  # whose error is the one to raise
+            with suppress(Exception):
+                self.wait()
 
 
 def newest(root: Path) -> Checkpoint | None:
@@ -170,8 +247,3 @@ def _steps(root: Path) -> list[int]:
     """The steps of the complete checkpoints below `root`, ascending."""
     matches = (re.fullmatch(r"step-(\d+)", path.name) for path in root.glob("step-*"))
     return sorted(int(match.group(1)) for match in matches if match)
-
-
-def _disk_full(error: BaseException) -> bool:
-    """Whether the error means that the disk is full; safetensors reports errors of the system as text only."""
-    return "No space left on device" in str(error) or "os error 28" in str(error)

@@ -68,6 +68,21 @@ def test_micro_batches_add_up(whole, tmp_path):
     assert_equal(state_of(made), before)
 
 
+def test_copies_of_the_state_stay_as_they_are(whole):
+    """A thread writes them while later steps change the state."""
+    made = engine(workshop(whole.folder, request(steps=8)))
+    made.step(1, lambda: False)
+    copies = made.state_dicts(copy=True)
+    expected = {
+        part: {name: np.array(value) for name, value in tensors().items()} for part, tensors in made.state_dicts()
+    }
+    for step in range(2, 5):
+        made.step(step, lambda: False)
+    found = {part: tensors() for part, tensors in copies}
+    assert_equal(found, expected)
+    assert not any(np.shares_memory(value, found["model"][name]) for name, value in state_of(made)["model"].items())
+
+
 def test_a_step_is_traced_once(whole):
     made = engine(workshop(whole.folder, request(steps=8)))
     for step in range(1, 4):

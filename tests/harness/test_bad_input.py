@@ -1,5 +1,6 @@
 """Bad input, one test each: the exit code, one line that says what, where and what to do, and nothing overwritten."""
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from small_runs import request, workshop
 
 from harness.cli import main
 from harness.data.digits import load
+from harness.io import tensor_files
 from harness.runs.run import lock_folder
 
 TRAIN = [
@@ -388,16 +390,14 @@ def test_full_disk_while_a_checkpoint_is_written(trained, harness, tmp_path, mon
         left = [line.rpartition("/run/")[2] for line in first.partition("CODE 1\n")[2].splitlines()]
         second = again.partition("CODE 0\n")[2]
         stderr = done.stderr
-    else:  # no namespaces here: the library's own words for a full disk, put in by hand
-        import safetensors.numpy
-        from safetensors import SafetensorError
+    else:  # no namespaces here: the system's own words for a full disk, put in by hand
 
-        def full(tensors, path):
-            Path(path).write_bytes(b"a part of it")
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        def full(path, *_):
+            path.write_bytes(b"a part of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         with monkeypatch.context() as patch:
-            patch.setattr(safetensors.numpy, "save_file", full)
+            patch.setattr(tensor_files, "write", full)
             code, _, stderr = harness(*words)
         assert code == 1
         left = [str(path) for path in contents(tmp_path / "disk" / "run")]

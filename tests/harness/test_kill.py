@@ -54,7 +54,7 @@ def killed_and_repeated(launch, words, fresh, whole_seconds, kills, seed, kept):
 
     The moments of the last kill begin where something matches `kept`: on a busy machine the others may all come before.
     A process that ends before its moment has not been killed: the next folder from `fresh` is begun. Returns the
-    folders, each with its output complete, and what each kill had left half-made.
+    folders, each with its output complete, and the names of what each kill had left half-made.
     """
     moments = random.Random(seed)
     folders, left = [fresh()], []
@@ -67,7 +67,7 @@ def killed_and_repeated(launch, words, fresh, whole_seconds, kills, seed, kept):
         if ended(process, moment) is None:
             process.kill()
         if ended(process, 60) == -signal.SIGKILL:
-            left.append(len(list(folders[-1].rglob("*.partial"))))
+            left.append([path.name for path in folders[-1].rglob("*.partial")])
         else:  # before its moment, or in it
             completed(process, folders[-1])
             folders.append(fresh())
@@ -151,6 +151,19 @@ def test_training_killed_three_times(trained, tmp_path):
     assert len(left) == 3
     resumed = [text for each in folders if "continues from" in (text := (each / "output.txt").read_text())]
     assert resumed, "no kill came after a checkpoint: nothing was shown"
+
+
+@pytest.mark.slow
+def test_training_killed_twenty_times_also_within_a_checkpoint(trained, tmp_path):
+    """A thread writes checkpoints one after the other here, so that many kills fall within one."""
+    folder, seconds = trained
+    folders, left = check_training(quick, folder, seconds, STEPS, 20, tmp_path, seed=6)
+    within = [names for names in left if any(name.startswith("step-") for name in names)]
+    resumes = sum((each / "output.txt").read_text().count("continues from the checkpoint") for each in folders)
+    print(
+        f"{len(left)} kills, {len(within)} within a checkpoint, {resumes} resumes, {len(folders)} runs, the same bytes"
+    )
+    assert len(left) == 20 and len(within) >= 3 and resumes >= 6
 
 
 def test_killed_training_keeps_the_averages_of_all_widths(trained, tmp_path):

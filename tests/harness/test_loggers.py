@@ -185,9 +185,9 @@ def test_loggers_are_flushed_before_a_checkpoint_is_written(tmp_path, monkeypatc
     monkeypatch.setattr(loggers, "load_attribute", lambda address, what: Recorder)
     write, found = checkpoints.write, []
 
-    def watched(root, step, parts, state):
+    def watched(root, step, *rest):
         found.append((step, Recorder.flushed))
-        return write(root, step, parts, state)
+        return write(root, step, *rest)
 
     monkeypatch.setattr(checkpoints, "write", watched)
     monkeypatch.setattr(training_loop, "MIN_CHECKPOINT_SECONDS", 0)

@@ -281,10 +281,10 @@ def test_killed_between_checkpoint_and_snapshot(step, whole, tmp_path, monkeypat
 
     keep = training_loop.keep_snapshot
 
-    def killed(run, done):
-        if done == step:
+    def killed(run, checkpoint):
+        if checkpoint.step == step:
             raise Killed
-        keep(run, done)
+        keep(run, checkpoint)
 
     monkeypatch.setattr(training_loop, "keep_snapshot", killed)
     with pytest.raises(Killed):

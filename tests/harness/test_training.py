@@ -329,15 +329,19 @@ def unwatched(run):
 def test_checkpoints_are_due_by_cost_and_by_loss(whole):
     manager = CheckpointManager(whole.run, None, None, unwatched(whole.run), 0, TrainingTime(None, ""), cost=0.0)
     now = manager._saved_at
-    for cost, age, due in (
-        (0.0, 1, False),
-        (0.0, 3, True),
-        (1.0, 40, False),
-        (1.0, 60, True),
-        (60.0, 299, False),
-        (60.0, 301, True),
+    for beside, cost, age, due in (
+        (True, 0.0, 1, False),
+        (True, 0.0, 3, True),
+        (True, 1.0, 40, False),
+        (True, 1.0, 60, True),
+        (True, 60.0, 239, False),  # work is done, and can be lost, while the next one is written
+        (True, 60.0, 241, True),
+        (True, 200.0, 199, False),
+        (True, 200.0, 201, True),
+        (False, 60.0, 299, False),
+        (False, 60.0, 301, True),
     ):
-        manager._cost, manager._saved_at = cost, now - age
+        manager._beside, manager._cost, manager._saved_at = beside, cost, now - age
         assert manager.checkpoint_due() is due, (cost, age)
 
 

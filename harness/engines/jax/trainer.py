@@ -25,6 +25,7 @@ from backbones.flax_weights import state_from_torch, state_to_torch
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
 from harness.engines import ema
+from harness.engines.interfaces import Parts
 from harness.engines.jax import mesh as devices
 from harness.engines.jax.compiling import jit
 from harness.engines.jax.errors import errors_in_one_line
@@ -228,18 +229,26 @@ class JaxEngine:
         with errors_in_one_line("training", LESS_MEMORY):  # the devices may fail after a step has returned
             return bool(self._finite(self._state.params))
 
-    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
+    def state_dicts(self, *, copy: bool = False) -> Parts:
         state = self._state
         with errors_in_one_line("reading the weights from the devices", LESS_MEMORY):
             # AdamW's number of updates, in both moments under the name that torch's engine gives it.
             count = {"step": np.asarray([devices.gather(state.adam.count)], np.float32)}
-        return [
+        parts: Parts = [
             ("model", lambda: self._arrays(nnx.merge_state(state.params, state.rest))),
             ("ema", lambda: self._arrays(nnx.merge_state(state.averages["ema"], state.rest))),
             ("first_moment", lambda: {**self._arrays(state.adam.mu), **count}),
             ("second_moment", lambda: {**self._arrays(state.adam.nu), **count}),
             *((part, partial(self._arrays, average)) for part, average in state.averages.items() if part != "ema"),
         ]
+        if copy:
+            # Some arrays share the memory of a device, which the next step writes to.
+            copies = [
+                (part, {name: array if array.flags.owndata else array.copy() for name, array in arrays().items()})
+                for part, arrays in parts
+            ]
+            return [(part, partial(dict, arrays)) for part, arrays in copies]
+        return parts
 
     @staticmethod
     def _arrays(state: nnx.State) -> dict[str, np.ndarray]:

@@ -18,12 +18,14 @@ from harness.data.read_ahead import ReadAhead
 from harness.diffusion.auxiliary import read_auxiliary
 from harness.distributed.mesh import MeshShape
 from harness.engines import ema
+from harness.engines.interfaces import Parts
 from harness.engines.learning_rate import learning_rate
 from harness.engines.torch import parallel, process_group
 from harness.engines.torch.auxiliary import AuxiliaryHeads
 from harness.engines.torch.compiling import compile_network
+from harness.engines.torch.host_copies import host_copies, whole_arrays
 from harness.engines.torch.loss_functions import Draws, LossFunction
-from harness.engines.torch.parallel import full_tensor, local_shard, shard_slice
+from harness.engines.torch.parallel import local_shard, shard_slice
 from harness.engines.torch.resolve import apply_resolved, autocast, set_arithmetic
 from harness.errors import UserError
 from harness.frameworks.torch_transfer import HostCopy, Packed, queues_copies
@@ -241,15 +243,18 @@ class TorchEngine:
         norms = torch.stack(torch._foreach_norm(list(map(local_shard, [*self._weights, *self._heads.values()]))))
         return self._parallel.all(torch.isfinite(norms).all())
 
-    def state_dicts(self) -> list[tuple[str, Callable[[], dict[str, np.ndarray]]]]:
-        return [
-            ("model", lambda: _arrays(self.net.state_dict())),
-            ("ema", lambda: _arrays(self._ema_state_dict())),
+    def state_dicts(self, *, copy: bool = False) -> Parts:
+        parts: list[tuple[str, Callable[[], dict[str, Tensor]]]] = [
+            ("model", self.net.state_dict),
+            ("ema", self._ema_state_dict),
             ("first_moment", lambda: self._moments("exp_avg")),
             ("second_moment", lambda: self._moments("exp_avg_sq")),
-            *((part, partial(self._average_arrays, part)) for part in self._averages if part != "ema"),
-            *((part, partial(self._head_arrays, part)) for part in (HEAD_PARTS if self._heads else ())),
+            *((part, partial(self._average, part)) for part in self._averages if part != "ema"),
+            *((part, partial(self._head_tensors, part)) for part in (HEAD_PARTS if self._heads else ())),
         ]
+        if copy:
+            return host_copies(parts, self.device)
+        return [(part, partial(whole_arrays, tensors)) for part, tensors in parts]
 
     def _ema_state_dict(self) -> dict[str, Tensor]:
         """The network's state dict with the average in place of each weight. A shared weight is under all its names."""
@@ -261,27 +266,24 @@ class TorchEngine:
         state = self.net.state_dict(keep_vars=True)  # the weights themselves, so that their ids can be looked up
         return {name: averages[id(value)] for name, value in state.items() if id(value) in averages}
 
-    def _average_arrays(self, part: str) -> dict[str, np.ndarray]:
-        return _arrays(self._average(part))
-
-    def _head_arrays(self, part: str) -> dict[str, np.ndarray]:
+    def _head_tensors(self, part: str) -> dict[str, Tensor]:
         """The heads of the auxiliary loss, or a moment of AdamW of theirs; the buffers of the heads are in the first part."""
         assert self._auxiliary is not None
         if part == "heads":
-            return _arrays(self._auxiliary.heads.state_dict())
+            return self._auxiliary.heads.state_dict()
         key = HEAD_PARTS[part]
         states = [self._optimizer.state[weight] for weight in self._heads.values()]
-        moments = _arrays({name: state[key] for name, state in zip(self._heads, states, strict=True)})
-        return {**moments, "step": states[0]["step"].cpu().numpy().reshape(1)}
+        moments = {name: state[key] for name, state in zip(self._heads, states, strict=True)}
+        return {**moments, "step": states[0]["step"].reshape(1)}
 
-    def _moments(self, key: str) -> dict[str, np.ndarray]:
+    def _moments(self, key: str) -> dict[str, Tensor]:
         """A moment of AdamW by names of weights, and the number of updates, float32 (1,), as "step".
 
         key: "exp_avg" or "exp_avg_sq".
         """
         states = [self._optimizer.state[weight] for weight in self._weights]  # all with the same "step"
-        moments = _arrays({name: state[key] for name, state in zip(self._names, states, strict=True)})
-        return {**moments, "step": states[0]["step"].cpu().numpy().reshape(1)}
+        moments = {name: state[key] for name, state in zip(self._names, states, strict=True)}
+        return {**moments, "step": states[0]["step"].reshape(1)}
 
     @torch.no_grad()
     def load(self, part: str, path: Path) -> None:
@@ -346,21 +348,3 @@ class TorchEngine:
         return {
             name: self._optimizer.state[weight][key] for name, weight in zip(self._names, self._weights, strict=True)
         }
-
-
-@process_group.translate_dist_errors()
-def _arrays(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
-    """The whole tensors as arrays in the main process, and an empty dict in the others. All processes must call this.
-
-    An array shares the memory of a tensor on the CPU.
-
-    torch.distributed.checkpoint would let every process write its shards, in two thirds of the time (dit-b-2 over two
-    processes, one disk). But it writes pickles, which this project never reads; and one complete set of files with checksums
-    serves any number of processes, both frameworks, and sampling.
-    """
-    arrays = {}
-    for name, value in state.items():
-        full = full_tensor(value)
-        if process_group.index() == 0:
-            arrays[name] = full.cpu().numpy()
-    return arrays
