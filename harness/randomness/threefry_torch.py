@@ -247,7 +247,8 @@ def _blocks(
     samples, pairs = len(index), (count + 1) // 2
     if not _uses_numpy(device):
         words = to_device(key_words(seed, purpose, index, step), device)
-        yield slice(0, samples), slice(0, pairs), *map(_low_words, _all_blocks(words, count))
+        x0, x1 = _low_words(_all_blocks(words, count))
+        yield slice(0, samples), slice(0, pairs), x0, x1
         return
     host_step = step.numpy() if isinstance(step, torch.Tensor) else step
     key0, key1, step_low = reference._sample_keys(seed, purpose, index.numpy(), host_step)
