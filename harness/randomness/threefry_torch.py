@@ -51,6 +51,8 @@ def _rounds(wide: torch.Tensor, injections: torch.Tensor) -> torch.Tensor:
     Four kernels a round: launching them is what takes the time on a GPU. A word lies in the lower half of 64 bits, so that
     a shift to the left keeps the bits that a rotation brings back at the low end.
     """
+    if not wide.numel():
+        return wide  # torch gives what is empty strides that `view` refuses
     words = _low_words(wide)
     x0, x1 = words
     for group in range(5):
