@@ -51,6 +51,8 @@ def _rounds(wide: torch.Tensor, injections: torch.Tensor) -> torch.Tensor:
     Four kernels a round: launching them is what takes the time on a GPU. A word lies in the lower half of 64 bits, so that
     a shift to the left keeps the bits that a rotation brings back at the low end.
     """
+    if not wide.numel():
+        return wide  # torch gives what is empty strides that `view` refuses
     words = _low_words(wide)
     x0, x1 = words
     for group in range(5):
@@ -247,7 +249,7 @@ def _blocks(
     samples, pairs = len(index), (count + 1) // 2
     if not _uses_numpy(device):
         words = to_device(key_words(seed, purpose, index, step), device)
-        x0, x1 = map(_low_words, _all_blocks(words, count))
+        x0, x1 = _low_words(_all_blocks(words, count))
         yield slice(0, samples), slice(0, pairs), x0, x1
         return
     host_step = step.numpy() if isinstance(step, torch.Tensor) else step

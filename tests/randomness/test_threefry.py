@@ -221,6 +221,7 @@ def test_permutation():
 def test_empty_batch(torch_engine):
     assert threefry_numpy.normal(SEED, Purpose.FLIP, np.arange(0), 0, (2, 3)).shape == (0, 2, 3)
     assert torch_engine.normal(SEED, Purpose.FLIP, torch.arange(0), 0, (2, 3)).shape == (0, 2, 3)
+    assert torch_engine.uniform(SEED, Purpose.FLIP, torch.arange(0), 0, (2,)).shape == (0, 2)
 
 
 def test_bad_arguments(torch_engine):
