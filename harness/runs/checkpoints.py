@@ -203,6 +203,8 @@ def verify(folder: Path) -> Checkpoint:
                 raise UserError(f"checkpoint {folder} is corrupt: {name} does not match its checksum")
         _check_items(state)
         return Checkpoint(folder=folder, step=int(state["step"]), state=state)
+    except UserError:  # which is a ValueError
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"checkpoint {folder} has a state.json of another form ({error})") from error
 

@@ -250,6 +250,8 @@ def open_run(folder: Path) -> Run:
             fork=dict(data.get("fork", {})), plugin_files=tuple(data.get("plugin_files", ())),
             auxiliary=None if auxiliary is None else fill(AuxiliaryCompute, auxiliary, f"{path}: [auxiliary]"),
         )  # fmt: skip
+    except UserError:  # which is a ValueError
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a run file of this harness: {error}") from error
 

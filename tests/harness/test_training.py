@@ -360,7 +360,7 @@ def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
     class Counted:
         loss_terms, read = {"mse": 1.0}, 0
 
-        def pop_losses(self):
+        def pop_losses(self, wait):
             self.read += 1
             return []
 
