@@ -194,8 +194,14 @@ def with_statistics(reference: Reference, path: Path) -> Reference:
         for mean, covariance, dim in (("mu", "sigma", reference.extractor.dim), ("mu_s", "sigma_s", None)):
             if mean not in data.files:
                 continue
-            mu, sigma = data[mean], np.asarray(data[covariance], np.float64)
-            wanted = len(mu) if dim is None else dim
+            mu, sigma = data[mean], data[covariance]
+            if mu.dtype.kind not in "fiu" or sigma.dtype.kind not in "fiu":
+                raise UserError(
+                    f"{path}: {mean} and {covariance} are {mu.dtype} and {sigma.dtype}, and statistics are real numbers; make or "
+                    "fetch the file again"
+                )
+            sigma = np.asarray(sigma, np.float64)
+            wanted = mu.size if dim is None else dim
             if mu.shape != (wanted,) or sigma.shape != (wanted, wanted):
                 raise UserError(
                     f"{path}: {mean} {mu.shape} and {covariance} {sigma.shape} are not statistics of "

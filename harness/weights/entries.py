@@ -119,7 +119,7 @@ def choose_entry(
     if len(fitting) > 1:
         raise UserError(
             f"{path} holds {'several moving averages' if averages else 'several entries with such weights'}: "
-            f"{_quoted(fitting)}; choose one with --entry NAME"
+            f"{_quoted(fitting)}; choose one with --entry NAME, or --entry PART=NAME of a command with several weight files"
         )
     return fitting[0], tuple(entries)
 

@@ -232,6 +232,15 @@ def test_half_of_the_statistics_is_refused(place, name):
     assert not (place.folder / "out.jsonl").exists() and not done.stdout
 
 
+@pytest.mark.parametrize("name", ["mu", "sigma", "mu_s", "sigma_s"])
+@pytest.mark.parametrize("dtype", [np.complex64, "U3", bool])
+def test_statistics_that_are_no_real_numbers_are_refused(place, name, dtype):
+    place.reference[name] = place.reference[name].astype(dtype)
+    done = place.evaluate()
+    assert isinstance(done.exception, UserError), done.exception
+    assert "statistics are real numbers" in str(done.exception) and not (place.folder / "out.jsonl").exists()
+
+
 @pytest.mark.parametrize("where", ["samples", "reference"])
 def test_features_that_are_not_finite(place, where, monkeypatch):
     plain = PixelFeatures.__call__
