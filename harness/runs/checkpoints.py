@@ -130,10 +130,13 @@ class Writer:
                 written.set_exception(error)
 
         self._written = written
-        if beside:
+        if not beside:
+            run()
+            return
+        try:
             # A daemon, because a process that is interrupted twice must end without it.
             Thread(target=run, name="checkpoint", daemon=True).start()
-        else:
+        except RuntimeError:  # the system allows no further one
             run()
 
     def _give_up(self) -> bool:

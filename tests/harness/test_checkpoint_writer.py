@@ -275,3 +275,15 @@ def test_the_checkpoint_behind_a_damaged_one_is_kept_until_the_next_is_complete(
     make(2)
     assert checkpoints.newest(root).step == 2
     assert len(list(root.iterdir())) == checkpoints.KEPT
+
+
+def test_without_a_thread_the_checkpoint_is_written_nevertheless(monkeypatch):
+    """The system may allow no further one. A writer that waited for it would wait for ever."""
+
+    def none(**_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(checkpoints, "Thread", none)
+    with checkpoints.Writer() as writer:
+        writer.start(lambda give_up: "written", beside=True)
+        assert writer.done and writer.wait() == "written"
