@@ -328,7 +328,9 @@ class CheckpointManager:
         """Write the checkpoint of `step`, in the thread of the writer. begin: time at which it was begun."""
         with files.explained(self.run.log):
             os.fsync(self.log.fileno())  # so that the log holds all steps of a checkpoint
-        written = checkpoints.write(self.run.checkpoints, step, parts, state, give_up)
+        # Without a copy, all processes gather each part while it is written: if this one gave up, the others would wait.
+        together = self.group.size > 1 and not self._beside
+        written = checkpoints.write(self.run.checkpoints, step, parts, state, (lambda: False) if together else give_up)
         if keep:
             keep_snapshot(self.run, written)
         self._cost = time.monotonic() - begin

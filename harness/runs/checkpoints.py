@@ -61,7 +61,7 @@ def write(
     state: dict[str, Any],
     give_up: Callable[[], bool] = lambda: False,
 ) -> Checkpoint:
-    """Write the checkpoint of `step` below `root`, and remove older ones, so that at most KEPT exist.
+    """Write the checkpoint of `step` below `root`, and remove others, so that at most KEPT exist: the one before it stays.
 
     parts: pairs of a name and a function that returns the tensors. The functions are called one at a time, because copies
     of all parts may not fit in memory. state: further items of state.json. give_up: asked before every few megabytes; GivenUp
@@ -79,9 +79,12 @@ def write(
         root.mkdir(parents=True, exist_ok=True)
         for stale in root.glob(f"*{files.PARTIAL}"):
             files.remove(stale)
-        # Before writing, so that the disk never needs room for more than KEPT, the new one included.
-        for old in _steps(root)[: -(KEPT - 1)]:
-            files.remove(root / f"step-{old:08d}")
+        # Before writing, so that the disk never needs room for more than KEPT, the new one included. Training has gone on from
+        # one before this step, so those after it are damaged.
+        steps = _steps(root)
+        kept = [each for each in steps if each < step][-(KEPT - 1) :]
+        for other in set(steps) - {*kept, step}:
+            files.remove(root / f"step-{other:08d}")
         partial.mkdir()
         entries = {}
         try:
@@ -127,10 +130,13 @@ class Writer:
                 written.set_exception(error)
 
         self._written = written
-        if beside:
+        if not beside:
+            run()
+            return
+        try:
             # A daemon, because a process that is interrupted twice must end without it.
             Thread(target=run, name="checkpoint", daemon=True).start()
-        else:
+        except RuntimeError:  # the system allows no further one
             run()
 
     def _give_up(self) -> bool:

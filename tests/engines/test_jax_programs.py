@@ -9,11 +9,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.lru_cache import LRUCache
 
 from harness import registry
 from harness.diffusion.guidance import Guidance
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.jax import mesh as devices
+from harness.engines.jax.compiling import remove_incomplete
 from harness.engines.jax.sampling import JaxStage, Network, _compiled
 from harness.randomness.threefry_jax import words
 
@@ -82,3 +84,18 @@ def test_programs_are_kept_in_the_users_cache(tmp_path):
     assert said(tmp_path / "cache", JAX_COMPILATION_CACHE_DIR=str(tmp_path / "mine"))[1] == str(tmp_path / "mine")
     (tmp_path / "file").touch()
     assert said(tmp_path / "file") == []  # no folder can be made there
+
+
+def test_a_program_that_was_written_in_part_is_removed(tmp_path):
+    """By a process that was killed. JAX would fail at it whenever it adds another, and keep nothing from then on."""
+    kept = LRUCache(str(tmp_path), max_size=1 << 20)
+    kept.put("whole", b"program")
+    for name in ("killed", "writing"):
+        (tmp_path / f"{name}-cache").write_bytes(b"pro")
+    for name in ("killed", "whole"):
+        os.utime(tmp_path / f"{name}-cache", (0, 0))
+    remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*-cache")) == ["whole-cache", "writing-cache"]
+    (tmp_path / "writing-cache").unlink()
+    kept.put("other", b"program")
+    assert kept.get("other") == kept.get("whole") == b"program"

@@ -249,9 +249,41 @@ def test_the_last_good_checkpoint_is_the_one_that_is_being_written(tmp_path, mon
     losses = torch_trainer.TorchEngine.pop_losses
     monkeypatch.setattr(
         torch_trainer.TorchEngine, "pop_losses",
-        lambda self: [(float("nan"),) * len(row) if steps[0][-1] == 4 else row for row in losses(self)],
+        lambda self, wait=True: [(float("nan"),) * len(row) if steps[0][-1] == 4 else row for row in losses(self, wait)],
     )  # fmt: skip
     with pytest.raises(RunError, match=r"not finite at step 4.*the last good checkpoint is of step 3 in"):
         shop.train(STEPS)
     state = json.loads((shop.run.checkpoints / "step-00000003" / "state.json").read_text())
     assert state["step"] == 3
+
+
+def test_the_checkpoint_behind_a_damaged_one_is_kept_until_the_next_is_complete(tmp_path):
+    """A run that goes on from it, because the newer one is damaged, would otherwise have none while that is written."""
+    root = tmp_path / "checkpoints"
+
+    def make(step, give_up=lambda: False):
+        parts = [("model", lambda: {"x": np.zeros(4, np.float32)})]
+        return checkpoints.write(root, step, parts, {}, give_up)
+
+    for step in (1, 3):
+        make(step)
+    (root / "step-00000003" / "model.safetensors").write_bytes(b"damaged")
+    for step in (2, 3):
+        with pytest.raises(checkpoints.GivenUp):
+            make(step, lambda: True)
+        assert checkpoints.newest(root).step == 1
+    make(2)
+    assert checkpoints.newest(root).step == 2
+    assert len(list(root.iterdir())) == checkpoints.KEPT
+
+
+def test_without_a_thread_the_checkpoint_is_written_nevertheless(monkeypatch):
+    """The system may allow no further one. A writer that waited for it would wait for ever."""
+
+    def none(**_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(checkpoints, "Thread", none)
+    with checkpoints.Writer() as writer:
+        writer.start(lambda give_up: "written", beside=True)
+        assert writer.done and writer.wait() == "written"

@@ -393,6 +393,35 @@ def test_a_group_reads_its_losses_at_the_same_steps(whole, monkeypatch):
         assert manager.decide(interrupted)[0]
 
 
+def test_a_group_without_room_for_a_copy_gives_no_checkpoint_up(tmp_path, monkeypatch):
+    """Its processes gather each part together while it is written: one that gave up alone would leave the others waiting."""
+
+    class Two(ProcessGroup):
+        size = 2
+
+    gathered = []
+
+    def part(name):
+        return name, lambda: gathered.append(name) or {"x": np.zeros(3, np.float32)}
+
+    monkeypatch.setattr(training_loop, "host_free_bytes", lambda: 0)
+    run = SimpleNamespace(log=tmp_path / "log.jsonl", checkpoints=tmp_path / "checkpoints")
+    engine = SimpleNamespace(
+        loss_terms={},
+        pop_losses=lambda wait: [],
+        finite=lambda: True,
+        state_dicts=lambda copy: [part("model"), part("ema")],
+    )
+    loggers = SimpleNamespace(flush=lambda: None)
+    with run.log.open("a") as log, checkpoints.Writer(lambda: 0.0) as writer:  # its deadline is over
+        manager = CheckpointManager(
+            run, engine, log, loggers, 0, TrainingTime(None, ""), cost=0.0, group=Two(), writer=writer
+        )
+        manager.done = 1
+        manager.checkpoint()
+    assert gathered == ["model", "ema"] and manager.saved == 1
+
+
 def test_a_group_agrees_on_an_interruption_before_the_first_step(tmp_path):
     class Other(ProcessGroup):
         """Another process was interrupted."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -49,6 +51,7 @@ def _options(platform: str) -> dict[str, str] | None:
 
 
 CACHE_BYTES = 4 << 30  # the programs that were not used for the longest time are removed beyond this
+WRITING_SECONDS = 60.0  # an incomplete program that is older is no longer being written
 
 
 def keep_compiled_programs() -> None:
@@ -64,8 +67,21 @@ def keep_compiled_programs() -> None:
     except OSError:  # it only saves time
         return
     if os.access(folder, os.W_OK):
+        remove_incomplete(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_compilation_cache_max_size", CACHE_BYTES)
+
+
+def remove_incomplete(folder: Path) -> None:
+    """Remove programs that a killed process, or a full disk, left in part: with one of them JAX adds no program, and warns.
+
+    JAX writes the time of use, a file of its own, after the program.
+    """
+    for program in folder.glob("*-cache"):
+        with suppress(OSError):  # such as of another process that removes it
+            age = time.time() - program.stat().st_mtime
+            if age > WRITING_SECONDS and not program.with_name(program.name.removesuffix("cache") + "atime").exists():
+                program.unlink()
 
 
 def _machine() -> str:
