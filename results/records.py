@@ -23,7 +23,7 @@ from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
 
 SCHEMA_VERSION = 1
-INTEGERS = 1 << 64  # beyond all integers of a record: the largest are seeds
+INTEGERS = 1 << 1000  # beyond all integers of a record, and within the range of floats, as which tables print them
 ComparableKey = tuple[str, int, int, str | None, str | None, str | None, str | None]  # see `comparable_key`
 PROVENANCES = ("measured", "published")
 
@@ -440,7 +440,7 @@ def _coerce(value: object, kind: type) -> Any:
                 raise TypeError(f"{value!r} is not an integer")
             value = int(value)
         if abs(value) >= INTEGERS:
-            raise ValueError("an integer of more than 64 bits")
+            raise ValueError("an integer beyond the range of floats")
         return value
     if kind is Mapping:
         if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):

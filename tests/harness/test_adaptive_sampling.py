@@ -17,9 +17,9 @@ from harness.data.digits import load
 from harness.engines.torch.sampling import TorchChain
 from harness.errors import UserError
 from harness.runs.samples import write_samples
-from reports.points import ALONG_SAMPLING, ALONG_TRAINING, group_by_settings
+from reports.points import ALONG_SAMPLING, group_by_settings
 from results.compare import differing
-from results.experiments import experiment_key
+from results.experiments import ALONG_TRAINING, experiment_key
 from results.records import Sampling, Training, from_json
 
 PROTOCOL = """

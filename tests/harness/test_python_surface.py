@@ -137,7 +137,7 @@ def test_the_words_of_options_are_read_back_as_the_same_options(asked):
         ({"steps": 0}, "--steps: must be at least 1"),
         ({"samples": 10**15 + 1}, "--samples: must be at most 1,000,000,000,000,000"),
         ({"framework": "tensorflow"}, "--framework 'tensorflow': choose one of torch, jax"),
-        ({"logger": ["mlflow"]}, "--logger 'mlflow': choose one of tensorboard, wandb"),
+        ({"logger": ["mlflow"]}, "--logger: unknown logger 'mlflow'; known: tensorboard, wandb"),
         ({"eta": 2}, "--eta: 2.0 is not in the range"),
         ({"set": ["learning_rate"]}, "--set: 'learning_rate' is not of the form NAME=VALUE"),
         ({"match": "dit-xl-2"}, "--match: 'dit-xl-2' is not of the form BACKBONE@STEPS"),

@@ -269,7 +269,7 @@ def test_budgets_spend_the_same(study):
         (
             "evaluate_at",
             'logger = "tensorbord"\nevaluate_at',
-            "choose one of tensorboard, wandb",
+            "did you mean tensorboard?",
         ),
     ],
 )
