@@ -142,7 +142,16 @@ def correlation(records: list[Record]) -> str:
                 for _ in range(DRAWS)
             ]
             interval = "[{:.2f}, {:.2f}]".format(*np.percentile(draws, [2.5, 97.5]))
-        rows.append([name, str(steps), f"{rho:.2f}", interval, str(len(groups)), "-".join(map(str, seeds))])
+        rows.append(
+            [
+                name,
+                str(steps),
+                f"{rho:.2f}",
+                interval,
+                str(len(groups)),
+                "-".join(map(str, dict.fromkeys((seeds[0], seeds[-1])))),
+            ]
+        )
     return markdown(["features", "sampler steps", "Spearman's rho", "95 % interval", "models", "seeds"], rows)
 
 
