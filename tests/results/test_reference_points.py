@@ -104,6 +104,7 @@ def test_the_loss_is_the_mean_of_the_last_fifth():
 
 # What is shipped: point -> settings of the recipe other than the protocol's.
 SHIPPED = {
+    "digits-dit-2xs-4": {"objective": "sit"},
     "digits-dit-2xs-8": {"objective": "sit"},
     "digits-dit-3xs-8": {"objective": "sit"},
     "fashion-mnist-16-dit-2xs-4": {},
