@@ -16,7 +16,7 @@ import numpy as np
 from harness.data import imagenet, source_parquet, source_tars
 from harness.data.listing import NO_LABELS, UNLABELLED, ImageIndex, check_no_empty_class, index_files, named_classes
 from harness.errors import UserError
-from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, notes_on_left_out
+from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, check_image_file, notes_on_left_out
 from harness.images.source import natural_sorted, printable, readable
 
 KINDS = (
@@ -137,7 +137,7 @@ def _class_folders(source: Path, dataset: str) -> ImageIndex:
                         f"{printable(each.path)}: a folder inside a class folder; images belong in DIR/CLASS"
                     )
                 if each.name.lower().endswith(SUFFIXES):
-                    _check_plain(each)
+                    check_image_file(each)
                     labels.append(by_name[folder.name])
                     names.append(each.name)
                     parents.append(folder)
@@ -168,7 +168,7 @@ def _flat(source: Path, images: list[Path], others: list[Path], dataset: str) ->
     if dataset == imagenet.NAME:
         raise UserError(f"--from {source}: images without class folders; {imagenet.NAME} is prepared with its classes")
     for each in images:
-        _check_plain(each)
+        check_image_file(each)
     notes = [NO_LABELS, *notes_on_left_out([], [each.name for each in others if each.is_dir()])]
     notes += _on_files_beside([each for each in others if not each.is_dir()])
 
@@ -178,14 +178,6 @@ def _flat(source: Path, images: list[Path], others: list[Path], dataset: str) ->
     return index_files(
         "a folder without classes", [UNLABELLED], [0] * len(images), [each.name for each in images], entry, notes
     )
-
-
-def _check_plain(file: Path | os.DirEntry[str]) -> None:
-    """UserError for what is no file to read: opening a pipe would wait for ever."""
-    if not file.is_file():
-        raise UserError(
-            f"{printable(os.fspath(file))}: a broken link or no plain file; remove it, or put the image there"
-        )
 
 
 def _is_image(path: Path) -> bool:

@@ -8,6 +8,7 @@ colour profiles are not applied (evaluators do not apply them either).
 from __future__ import annotations
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,14 @@ class Entry:
         with self.path.open("rb") as file:
             file.seek(self.offset)
             return file.read(limit + 1 if self.size is None else min(self.size, limit + 1))
+
+
+def check_image_file(file: Path | os.DirEntry[str]) -> None:
+    """UserError for what has the name of an image and is no file to read: opening a pipe would wait for ever."""
+    if not file.is_file():
+        raise UserError(
+            f"{printable(os.fspath(file))}: a broken link or no plain file; remove it, or put the image there"
+        )
 
 
 def is_system_member(name: str) -> bool:

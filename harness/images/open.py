@@ -6,7 +6,7 @@ import glob
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, notes_on_left_out, source_of_files
+from harness.images.files import SUFFIXES, SYSTEM_FOLDERS, Entry, check_image_file, notes_on_left_out, source_of_files
 from harness.images.npz import open_npy, open_npz
 from harness.images.source import (
     LAYOUTS,
@@ -104,9 +104,8 @@ def open_folder(path: Path) -> ImageSource:
     if not images:
         raise UserError(f"{path}: no images in it; images are read from {LAYOUTS}")
     notes += notes_on_left_out(others, left_out)
-    odd = next((each for each in images if not each.is_file()), None)
-    if odd is not None:
-        raise UserError(f"{printable(str(odd))}: a broken link or no plain file; remove it, or put the image there")
+    for each in images:
+        check_image_file(each)
     entries = [Entry(name=printable(str(each)), path=each) for each in images]
     with readable(path):
         return source_of_files(str(path), entries, labels, notes)
