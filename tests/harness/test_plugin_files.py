@@ -69,6 +69,8 @@ def forget():
         for each in registry.GROUPS.values():
             each.forget(file)
         del files._loaded[file]
+    for name in [name for name in sys.modules if name.startswith("harness_plugin_")]:
+        del sys.modules[name]
 
 
 @pytest.fixture(autouse=True)
