@@ -73,6 +73,12 @@ def open_folder(path: Path) -> ImageSource:
     shards = {suffix: [p for p in inside if p.suffix.lower() == suffix and p.is_file()] for suffix in (".npz", ".tar")}
     all_folders = {p for p in inside if p.is_dir()}
     images = [p for p in inside if p.suffix.lower() in SUFFIXES and p not in all_folders]
+    if path / "run.json" in inside and not images and not any(shards.values()):
+        sets = natural_sorted(each.parent for each in path.glob("samples/*/samples.npz"))
+        remedy = (
+            f"name one of its sample sets: {', '.join(map(str, sets))}" if sets else "harness sample draws its samples"
+        )
+        raise UserError(f"{path} is the folder of a run; {remedy}")
     folders = [p for p in all_folders if p.name not in SYSTEM_FOLDERS]
     if sum(map(bool, (shards[".npz"], shards[".tar"], images))) > 1:
         raise UserError(f"{path} holds npz, tar or image files side by side; name the ones to read")

@@ -366,6 +366,16 @@ def test_folder_refusals(tmp_path):
     assert "a folder inside a class folder" in refused(tmp_path)
 
 
+def test_the_folder_of_a_run_is_refused_by_the_names_of_its_sample_sets(tmp_path):
+    (tmp_path / "run.json").write_text("{}")
+    assert refused(tmp_path).endswith("is the folder of a run; harness sample draws its samples")
+    for name in ("step2-ddpm10", "step2-ddpm5"):
+        (tmp_path / "samples" / name).mkdir(parents=True)
+        np.savez(tmp_path / "samples" / name / "samples.npz", IMAGES)
+    sets = [str(tmp_path / "samples" / name) for name in ("step2-ddpm5", "step2-ddpm10")]
+    assert refused(tmp_path).endswith(f"is the folder of a run; name one of its sample sets: {', '.join(sets)}")
+
+
 def test_shards_that_do_not_fit_together(tmp_path):
     np.savez(tmp_path / "1.npz", IMAGES, LABELS)
     np.savez(tmp_path / "2.npz", IMAGES)
