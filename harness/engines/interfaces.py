@@ -150,6 +150,9 @@ class Backend(Protocol):
     def resolve_device(self, device: str | None) -> DeviceInfo:
         """The device of that name; None: an accelerator if there is one."""
 
+    def faster_precision(self, device: DeviceInfo) -> str:
+        """The precision of a system that is sampled with "auto": "bfloat16" where it is measured to be faster, or "float32"."""
+
     def make_chain(
         self,
         loaded: LoadedSystem,

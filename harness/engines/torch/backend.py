@@ -15,12 +15,12 @@ from harness.engines.ema import parts
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import parallel, resolve
 from harness.engines.torch.sampling import TorchSampler, load_weights
-from harness.engines.torch.systems import make_chain, resolve_device
+from harness.engines.torch.systems import faster_precision, make_chain, resolve_device
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.planning.request import Request
 from harness.runs.run import Run
 
-__all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
+__all__ = ["faster_precision", "resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
 logger = logging.getLogger(__name__)
 

@@ -34,6 +34,7 @@ PROBE_REPEATS = 3
 # A precision in which a product of matrices of this side takes more than FAR_SLOWER times as long is not measured.
 FAR_SLOWER = 4
 PRODUCT_SIDE = 512
+CUDA_PRODUCT_SIDE = 4096  # on a GPU a smaller product takes as long in either: the time of a launch
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 
 
@@ -117,12 +118,13 @@ def measure(
 def product_slowdown(device: torch.device, precision: str) -> float:
     """How many times as long a matrix product takes in `precision`, "bfloat16", as in float32; in the slowest process.
 
-    Far more than 1 on a processor without units for it. All processes must call this.
+    Sets the arithmetic of this process to float32. Far more than 1 on a processor without units for it. All processes must call this.
     """
     set_arithmetic(device, "float32")
     best = {}
+    side = CUDA_PRODUCT_SIDE if device.type == "cuda" else PRODUCT_SIDE
     for dtype in (torch.float32, getattr(torch, precision)):
-        factor = torch.ones(PRODUCT_SIDE, PRODUCT_SIDE, dtype=dtype, device=device)
+        factor = torch.ones(side, side, dtype=dtype, device=device)
         best[dtype] = float("inf")
         for _ in range(PROBE_REPEATS):  # the first one may include set-up
             begin = time.perf_counter()
