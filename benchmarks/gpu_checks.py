@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))  # run as a file or imported by a path
 
 from harness import registry
-from harness.compute.activations import activation_bytes
+from harness.compute.activations import activation_bytes_by_precision
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.memory import state_bytes
 from harness.engines.torch import resolve
@@ -135,7 +135,8 @@ def memory(options: argparse.Namespace) -> Found:
         **({} if spec.kind == "classifier" else {"out_channels": 2 * spec.arguments()["in_channels"]})
     )
     parameters = sum(weight.numel() for weight in engine.net.parameters())
-    planned = state_bytes(parameters, options.precision) + options.batch * activation_bytes(spec, **arguments)
+    image = activation_bytes_by_precision(spec, **arguments)[options.precision]
+    planned = state_bytes(parameters, options.precision) + options.batch * image
     if torch.device(options.device).type != "cuda":
         return {"planned_bytes": planned, "peak_bytes": None}, True
     peak, total = torch.cuda.max_memory_allocated(), torch.cuda.get_device_properties(0).total_memory

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from harness.autoencoders.load import Decoder
-from harness.compute.activations import activation_bytes
+from harness.compute.activations import activation_bytes_by_precision
 from harness.data.examples import Examples
 from harness.diffusion.sampler_plan import AnyPlan
 from harness.engines.ema import parts
@@ -52,7 +52,7 @@ def measure(
         mesh=shape,
         precision=precision,
         micro_batch=micro_batch,
-        activation_bytes=activation_bytes(request.spec, **request.arguments),
+        activation_bytes=activation_bytes_by_precision(request.spec, **request.arguments),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
         averages=averages,
         compile=compile,

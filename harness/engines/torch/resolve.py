@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -198,21 +199,22 @@ def set_arithmetic(device: torch.device, precision: str) -> None:
 
 
 def _seconds_by_precision(
-    net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precisions: list[str], kind: str,
+    net: torch.nn.Module, images: dict[str, int], arguments: dict[str, Any], device: torch.device, kind: str,
     time_form: str,
 ) -> dict[str, float]:  # fmt: skip
     """Precision -> seconds of training on one image with all processes at work. All processes must call this.
 
+    images: precision -> images of the pass that is measured.
     Left out if another one works: a precision in which the network fails, such as bfloat16 in an operation without it, and
     one that this device has no units for.
     """
     seconds: dict[str, float] = {}
-    for precision in precisions:
+    for precision, count in images.items():
         if seconds and (slowdown := product_slowdown(device, precision)) > FAR_SLOWER:
             logger.info(f"  {precision} is not measured: a matrix product takes {slowdown:.3g} times as long in it")
             continue
         try:
-            local_seconds = measure(net, images, arguments, device, precision, kind, time_form)
+            local_seconds = measure(net, count, arguments, device, precision, kind, time_form)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if not seconds or isinstance(error, (RunError, torch.OutOfMemoryError)):
                 raise
@@ -232,7 +234,7 @@ def resolve(
     mesh: MeshShape,
     precision: str,  # "auto", or one of NAMED_PRECISIONS
     micro_batch: int | None,  # None: the largest that fits
-    activation_bytes: int,  # of one image in float32
+    activation_bytes: Mapping[str, int],  # of one image, by precision
     gradient_checkpointing: bool,
     averages: int = 1,  # of the weights, the EMA included
     compile: str,  # of compiling.CHOICES
@@ -250,19 +252,20 @@ def resolve(
         local_parameters = parameters // mesh.model + parallel.largest_block(net)
     local_batch = parallel.local_batch(batch)
     free = free_bytes(device) + 4 * local_parameters  # the network is already in memory and was counted as used
-    # The largest micro-batch that fits in every process: the minimum, as the negative of a maximum.
-    fitting = -int(
-        process_group.all_max(-fit_micro_batch(local_batch, local_parameters, activation_bytes, free, averages))
-    )
-    if fitting == 0:
-        raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free, averages)
-    chosen = min(micro_batch or fitting, local_batch)  # the micro-batch; that of the user is not checked for memory
-    # A GPU is measured with the micro-batch that will run: with fewer images it would wait for the launches of its kernels.
-    images = min(chosen, PROBE_IMAGES) if device.type == "cpu" else chosen
     check_precision(device, precision)
-    candidates = list(PRECISIONS) if precision == "auto" else [precision]
+    chosen: dict[str, int] = {}  # micro-batch by precision
+    for candidate in PRECISIONS if precision == "auto" else (precision,):
+        # The largest micro-batch that fits in every process: the minimum, as the negative of a maximum.
+        local = fit_micro_batch(local_batch, local_parameters, activation_bytes[candidate], free, averages, candidate)
+        if fitting := -int(process_group.all_max(-local)):
+            chosen[candidate] = min(micro_batch or fitting, local_batch)  # that of the user is not checked for memory
+    if not chosen:
+        least = min(activation_bytes.values()) if precision == "auto" else activation_bytes[precision]
+        raise one_image_error(spec.name, local_parameters, least, str(device), free, averages)
+    # A GPU is measured with the micro-batch that will run: with fewer images it would wait for the launches of its kernels.
+    images = {each: min(size, PROBE_IMAGES) if device.type == "cpu" else size for each, size in chosen.items()}
     processes = process_group.size()
-    seconds = _seconds_by_precision(net, images, arguments, device, candidates, spec.kind, spec.time)
+    seconds = _seconds_by_precision(net, images, arguments, device, spec.kind, spec.time)
     fastest = min(seconds, key=lambda name: seconds[name])
     unavailable = compiling.unavailable_reason(device)
     # Either all processes measure compiled code or none: they wait for each other in `choose`.
@@ -270,7 +273,7 @@ def resolve(
         unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
         compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=local_batch * steps,
-        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind, time_form=spec.time),
+        measure=lambda: measure_here(net, images[fastest], arguments, device, fastest, spec.kind, time_form=spec.time),
         all_max=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)
@@ -278,13 +281,13 @@ def resolve(
         device=str(device) if processes == 1 else device.type,
         device_name=name if processes == 1 else f"{processes} x {name}",
         precision=fastest,
-        micro_batch=chosen,
+        micro_batch=chosen[fastest],
         threads=torch.get_num_threads(),
         gradient_checkpointing=gradient_checkpointing,
         mesh=str(mesh),
         compile=choice.mode,
     )
-    need = state_bytes(local_parameters, fastest, averages) + chosen * activation_bytes
+    need = state_bytes(local_parameters, fastest, averages) + chosen[fastest] * activation_bytes[fastest]
     return Measured(
         resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
         compiled_seconds=None if choice.seconds is None else choice.seconds / processes,
