@@ -120,6 +120,7 @@ class Backend(Protocol):
         micro_batch: int | None,  # None: the largest that fits the memory
         mesh: str | None,  # "DATAxMODEL"; None: all devices along DATA
         compile: str,  # "auto", "on" or "off"
+        deterministic: bool = False,  # only deterministic algorithms on a GPU
     ) -> tuple[Network, Measured]:
         """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
 

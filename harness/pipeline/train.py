@@ -178,6 +178,7 @@ class RunSession:
                 precision=options.precision,
                 micro_batch=options.micro_batch,
                 compile=options.compile or "off",
+                deterministic=options.deterministic,
             )
             if options.fork:
                 self.fork(options.fork, measured.resolved)
@@ -223,7 +224,13 @@ class RunSession:
             check_closed_form(spec, request.framework, request.arguments)  # needs no memory
 
     def measure(
-        self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
+        self,
+        *,
+        device: str | None,
+        precision: str,
+        micro_batch: int | None,
+        compile: str = "auto",
+        deterministic: bool = False,
     ) -> Measured:
         """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it.
 
@@ -233,7 +240,13 @@ class RunSession:
             raise UserError("an auxiliary loss taps into the network, which --compile on does not allow; leave it out")
         mode = "off" if self.request.recipe.auxiliary else compile
         self._net, measured = get_backend(self.request.framework).measure(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=mode
+            self.request,
+            device=device,
+            precision=precision,
+            micro_batch=micro_batch,
+            mesh=self.mesh,
+            compile=mode,
+            deterministic=deterministic,
         )
         return measured
 

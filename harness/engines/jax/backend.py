@@ -33,9 +33,10 @@ def measure(
     micro_batch: int | None,
     mesh: str | None,
     compile: str,
+    deterministic: bool = False,
 ) -> tuple[nnx.Module, Measured]:
     """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
-    resolve.refuse_torch_options(precision, compile)
+    resolve.refuse_torch_options(precision, compile, deterministic)
     device_mesh = devices.make_mesh(devices.pick_devices(device), mesh)
     device = device or devices.platform_name(device_mesh)
     averages = len(parts(request.recipe))

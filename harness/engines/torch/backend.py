@@ -33,10 +33,12 @@ def measure(
     micro_batch: int | None,
     mesh: str | None,
     compile: str,
+    deterministic: bool = False,
 ) -> tuple[torch.nn.Module, Measured]:
     """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
     shape = parallel.mesh_of(mesh)  # of a new run: without --mesh all processes are along DATA
     target = resolve.pick_device(device)
+    resolve.set_deterministic(target, deterministic)
     averages = len(parts(request.recipe))
     check_room(
         request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target), averages
@@ -56,6 +58,7 @@ def measure(
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
         averages=averages,
         compile=compile,
+        deterministic=deterministic,
         steps=request.recipe.steps,
     )
     return net, measured

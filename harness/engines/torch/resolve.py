@@ -36,6 +36,7 @@ PROBE_REPEATS = 3
 FAR_SLOWER = 4
 PRODUCT_SIDE = 512
 CUDA_PRODUCT_SIDE = 4096  # on a GPU a smaller product takes as long in either: the time of a launch
+CUBLAS_WORKSPACE = ":4096:8"  # a workspace of fixed size, with which cuBLAS is deterministic
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 
 
@@ -198,6 +199,18 @@ def set_arithmetic(device: torch.device, precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def set_deterministic(device: torch.device, deterministic: bool) -> None:
+    """On a GPU, let this process use deterministic algorithms alone, or any. Nothing elsewhere: a CPU's are.
+
+    Called before the first matrix product, because cuBLAS reads its setting then.
+    """
+    if device.type != "cuda":
+        return
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def _seconds_by_precision(
     net: torch.nn.Module, images: dict[str, int], arguments: dict[str, Any], device: torch.device, kind: str,
     time_form: str,
@@ -216,6 +229,11 @@ def _seconds_by_precision(
         try:
             local_seconds = measure(net, count, arguments, device, precision, kind, time_form)
         except (RuntimeError, TypeError, NotImplementedError) as error:
+            if device.type == "cuda" and torch.are_deterministic_algorithms_enabled() and "deterministic" in str(error):
+                raise UserError(
+                    f"--deterministic: the network uses an operation that has no deterministic algorithm ({one_line(error)[:160]}); "
+                    "leave the flag out"
+                ) from error
             if not seconds or isinstance(error, (RunError, torch.OutOfMemoryError)):
                 raise
             logger.info(f"  {precision} is left out: the network fails in it with {one_line(error)}")
@@ -238,6 +256,7 @@ def resolve(
     gradient_checkpointing: bool,
     averages: int = 1,  # of the weights, the EMA included
     compile: str,  # of compiling.CHOICES
+    deterministic: bool = False,
     steps: int,  # of the run
 ) -> Measured:
     """Choose precision, micro-batch and compilation if they are "auto" or None, by measurements of `net`.
@@ -286,6 +305,7 @@ def resolve(
         gradient_checkpointing=gradient_checkpointing,
         mesh=str(mesh),
         compile=choice.mode,
+        deterministic=deterministic,
     )
     need = state_bytes(local_parameters, fastest, averages) + chosen[fastest] * activation_bytes[fastest]
     return Measured(
@@ -313,4 +333,5 @@ def apply_resolved(resolved: Resolved) -> torch.device:
             "--fork RUN --out NEW --compile off"
         )
     torch.set_num_threads(parallel.threads(resolved))
+    set_deterministic(device, resolved.deterministic)
     return device
