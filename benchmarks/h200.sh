@@ -51,6 +51,7 @@ check bench-compiled 180 "${harness[@]}" bench --backbone "$xl" --batch "$batch"
 probe memory 60 memory --backbone "$xl" --batch "$few" --precision "$precision"
 probe memory-adm 60 memory --backbone "$adm" --batch "$((few / 4))" --precision "$precision"
 probe repeat 60 repeat --backbone "$small" --batch "$few" --precision "$precision"
+probe repeat-deterministic 60 repeat --backbone "$small" --batch "$few" --precision "$precision" --deterministic
 probe checkpoint 60 checkpoint --backbone "$xl" --batch "$((few / 4))" --precision "$precision"
 probe features 60 features --images "$images"
 probe decoder 60 decoder --images "$((images / 8))"

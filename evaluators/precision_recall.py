@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from evaluators.intervals import Estimate, block_sums
 from evaluators.metric_inputs import MetricInputs
+from evaluators.products import on_device, product
 from harness.io.arrays import release_pages
 from harness.io.progress import Bar
 
@@ -88,13 +89,15 @@ class DistanceBounds:
         a, a_norm = left
         b, b_norm = left if same else self._centred(False, columns, dtype)
         error = (self.dim + 16) * float(np.finfo(dtype).eps) / 2
-        if dtype is np.float64 and self._pool is not None:  # each float32 tile is already computed by one worker
+        if (
+            dtype is np.float64 and self._pool is not None and not on_device()
+        ):  # each float32 tile is already computed by one worker
             d = np.empty((len(a), len(b)))
             chunks = np.array_split(np.arange(len(a)), self._workers)
             parts = [slice(chunk[0], chunk[-1] + 1) for chunk in chunks if len(chunk)]
             list(self._pool.map(lambda part: np.matmul(a[part], b.T, out=d[part]), parts))  # waits for all parts
         else:
-            d = a @ b.T  # numpy computes only one half if a is b
+            d = product(a, b.T)  # numpy computes only one half if a is b
         # |a|^2 + |b|^2 - 2 a.b, less its largest error
         d *= dtype(-2.0)  # exact
         d += (a_norm * (1.0 - error)).astype(dtype)[:, None]

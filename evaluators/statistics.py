@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evaluators.products import product
 from harness.errors import RunError
 from harness.io.arrays import release_pages
 
@@ -126,12 +127,14 @@ class Moments:
         squares = {}
         for b in order:
             _add(self._sums, b, parts[b].sum(axis=0))
-            squares[b] = parts[b].T @ parts[b]
+            squares[b] = product(parts[b].T, parts[b])
             _add(self._products, 2 * b, squares[b])
         for i, b in enumerate(order):
             for c in order[i + 1 :]:
                 both = parts[b] + parts[c]
-                cross = both.T @ both  # b'b + c'c + b'c + c'b: a symmetric product has half the cost of a general one
+                cross = product(
+                    both.T, both
+                )  # b'b + c'c + b'c + c'b: a symmetric product has half the cost of a general one
                 del both
                 cross -= squares[b]
                 cross -= squares[c]

@@ -131,21 +131,26 @@ class Decoder:
     def posterior(self, images: torch.Tensor) -> torch.Tensor:
         """Mean and standard deviation of the latents z of images, float32 (N, 2, C, h, w), neither shifted nor scaled.
 
-        images: float32 (N, image channels, H, W) in [-1, 1]. Not for the kind "vq". diffusers clamps the log-variance to
-        [-30, 20]. `batch` images are encoded at a time. RunError where a value is not finite.
+        images: float32 (N, image channels, H, W) in [-1, 1], or uint8, which reach a GPU as such. Not for the kind "vq".
+        diffusers clamps the log-variance to [-30, 20]. `batch` images are encoded at a time. RunError where a value is not
+        finite.
         """
         import torch
 
         from harness.frameworks.torch_float32 import exact_float32
+        from harness.frameworks.torch_transfer import to_device
 
         device = _device_of(self.net)
         moments = []
         with torch.inference_mode(), exact_float32(device.type):
             for part in images.split(self.batch):
+                x = to_device(part, device).float()  # (n, image channels, H, W)
+                if part.dtype == torch.uint8:
+                    x = (x / 127.5 - 1).contiguous()
                 if self.kind == "tokenizer":
-                    mean, std = self._checked_posterior(part.to(device, torch.float32))
+                    mean, std = self._checked_posterior(x)
                 else:
-                    posterior = _autoencoder(self.net).encode(part.to(device, torch.float32), return_dict=False)[0]
+                    posterior = _autoencoder(self.net).encode(x, return_dict=False)[0]
                     mean, std = posterior.mean, posterior.std
                 mean_std = torch.stack([mean, std], dim=1)  # (n, 2, C, h, w)
                 if not torch.isfinite(mean_std).all():

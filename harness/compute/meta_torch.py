@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from harness.errors import UserError
 from harness.spec import BackboneSpec
@@ -74,6 +75,57 @@ class FusedAttention(TorchFunctionMode):
             if all(name in default and kwargs[name] == default[name] for name in kwargs):
                 return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args)[0]
         return func(*args, **kwargs)
+
+
+def _named(*names: str) -> frozenset[Callable[..., Any]]:
+    """The functions of these names in torch, torch.nn.functional and torch.Tensor."""
+    homes = (torch, torch.nn.functional, torch.Tensor)
+    return frozenset(getattr(home, name) for home in homes for name in names if hasattr(home, name))
+
+
+class GpuAutocast(TorchFunctionMode):
+    """Mode in which meta tensors get the dtypes that torch.autocast gives them on a GPU in bfloat16, which knows no meta device.
+
+    casts: the weights in bfloat16, which autocast keeps until the backward pass.
+    """
+
+    # Of torch's own lists, what occurs in networks.
+    LOWER = _named(
+        "linear", "matmul", "__matmul__", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d",
+        "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention",
+    )  # fmt: skip
+    FLOAT32 = _named("layer_norm", "group_norm", "rms_norm", "softmax", "log_softmax", "exp", "pow", "__pow__", "norm")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.casts: dict[int, Tensor] = {}  # by id of the weight
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self.LOWER:
+            args, kwargs = tree_map(self._lowered, (args, kwargs))
+        elif func in self.FLOAT32:
+            args, kwargs = tree_map(self._raised, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _lowered(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype != torch.float32:
+            return value
+        if not isinstance(value, nn.Parameter):
+            return value.to(torch.bfloat16)
+        if id(value) not in self.casts:
+            self.casts[id(value)] = value.to(torch.bfloat16)
+        return self.casts[id(value)]
+
+    @staticmethod
+    def _raised(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""Makes a cache of latents (`harness.data.latents`) chunk by chunk; a killed process loses less than one chunk.
+"""Makes a cache of latents (`harness.data.latents`) chunk by chunk; a killed process loses less than two chunks.
+
+While the device encodes a chunk, one thread reads the next, and another writes the one before.
 
 While the cache is made, DIR/chunks.partial is its journal and its lock. The first line is a JSON object with the keys
 "images", "vae" and "shape"; each other line is [number, hash] of a chunk. A chunk is complete when its line exists and
@@ -12,7 +14,9 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from io import BytesIO
+from itertools import zip_longest
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +28,7 @@ from harness.data.images import ImageSet
 from harness.data.latents import DTYPE, LABELS, LATENTS, META, Meta
 from harness.data.load import NamedImages
 from harness.data.prepared import CHUNK_IMAGES, chunk_count, chunk_sha256
+from harness.data.read_ahead import ReadAhead
 from harness.errors import RunError, UserError
 from harness.io import files
 from harness.io.progress import Bar
@@ -166,24 +171,41 @@ def _encode_chunks(
         lines.truncate(_complete_lines_bytes(lines) if first_line is not None else 0)
         if first_line is None:
             _append_line(lines, contents)
-        for number in range(chunk_count(len(data))):
-            start = number * CHUNK_IMAGES
-            part = slice(start, min(start + CHUNK_IMAGES, len(data)))
-            file.seek(data_start + row_bytes * start)
-            if (
-                number in known_hashes
-                and _stored_hash(file, (part.stop - start, *shape[1:]), data.labels[part]) == known_hashes[number]
-            ):
-                hashes[number] = known_hashes[number]
+        parts = [
+            range(start, min(start + CHUNK_IMAGES, len(data)))
+            for start in range(0, chunk_count(len(data)) * CHUNK_IMAGES, CHUNK_IMAGES)
+        ]
+        missing: list[range] = []
+        for number, part in enumerate(parts):
+            file.seek(data_start + row_bytes * part.start)
+            labels = data.labels[part.start : part.stop]
+            known = known_hashes.get(number)
+            if known is not None and _stored_hash(file, (len(part), *shape[1:]), labels) == known:
+                hashes[number] = known
+                bar.advance(len(part))
             else:
-                moments = encode(vae, data.images[part])  # (n, 2, 2, C, h, w)
-                file.seek(data_start + row_bytes * start)
-                file.write(moments.data)
-                file.flush()
-                os.fsync(file.fileno())  # a line of the journal may only name what is on the disk
-                hashes[number] = chunk_sha256(moments, data.labels[part])
-                _append_line(lines, [number, hashes[number]])
-            bar.advance(part.stop - start)
+                missing.append(part)
+
+        def store(part: range, moments: np.ndarray) -> None:
+            file.seek(data_start + row_bytes * part.start)
+            file.write(moments.data)
+            file.flush()
+            os.fsync(file.fileno())  # a line of the journal may only name what is on the disk
+            number = part.start // CHUNK_IMAGES
+            hashes[number] = chunk_sha256(moments, data.labels[part.start : part.stop])
+            _append_line(lines, [number, hashes[number]])
+
+        ahead = ReadAhead(lambda part: np.array(data.images[part.start : part.stop]))
+        writing: Future[None] | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="latents") as writer:  # its end waits for the last chunk
+            for part, following in zip_longest(missing, missing[1:]):
+                moments = encode(vae, ahead.take(part, following))  # (n, 2, 2, C, h, w)
+                if writing is not None:
+                    writing.result()
+                writing = writer.submit(store, part, moments)
+                bar.advance(len(part))
+            if writing is not None:
+                writing.result()
     return tuple(hashes[number] for number in sorted(hashes))
 
 
@@ -195,8 +217,8 @@ def encode(vae: Decoder, images: np.ndarray) -> np.ndarray:
     import torch
 
     views = np.stack([images, images[:, :, ::-1]], axis=1)  # (n, 2, H, W, C)
-    x = torch.from_numpy(views.reshape(-1, *images.shape[1:])).permute(0, 3, 1, 2) / 127.5 - 1  # (2n, C, H, W)
-    moments = vae.posterior(x.contiguous()).cpu().numpy()  # (2n, 2, C, h, w)
+    pixels = torch.from_numpy(views.reshape(-1, *images.shape[1:])).permute(0, 3, 1, 2)  # uint8 (2n, C, H, W)
+    moments = vae.posterior(pixels).cpu().numpy()  # (2n, 2, C, h, w)
     return np.ascontiguousarray(moments.reshape(len(images), 2, *moments.shape[1:]), DTYPE)
 
 

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 
+from harness.errors import UserError
 from harness.io import progress
 from harness.runs.run import lock_folder
+
+FILE_SECONDS = (
+    60.0  # that a file of another process may take to be seen; NFS holds what it knows of a folder for as long
+)
+FILE_POLL_SECONDS = 0.1
 
 
 class Stopped(KeyboardInterrupt):
@@ -40,6 +47,24 @@ class ProcessGroup:
     def all_max(self, value: int) -> int:
         """The largest value of all processes, in every process."""
         return value
+
+    def await_file(self, path: Path) -> None:
+        """Wait for a file that another process has written, which a network file system may show later to this machine.
+
+        A process that works alone does not wait. Raises `UserError` after FILE_SECONDS.
+        """
+        if self.size == 1:
+            return
+        deadline = time.monotonic() + FILE_SECONDS
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"process {self.index} does not see {path} {FILE_SECONDS:g} s after another process wrote it; the processes "
+                    "of a run need a shared file system"
+                )
+            time.sleep(FILE_POLL_SECONDS)
+            with suppress(OSError):
+                list(path.parent.iterdir())  # makes NFS ask the server again for what it has found missing
 
     def collective_scope(self) -> AbstractContextManager[None]:
         """Context for work that all processes do together: an error in one of them ends the others.

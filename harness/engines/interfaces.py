@@ -120,6 +120,7 @@ class Backend(Protocol):
         micro_batch: int | None,  # None: the largest that fits the memory
         mesh: str | None,  # "DATAxMODEL"; None: all devices along DATA
         compile: str,  # "auto", "on" or "off"
+        deterministic: bool = False,  # only deterministic algorithms on a GPU
     ) -> tuple[Network, Measured]:
         """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
 
@@ -149,6 +150,9 @@ class Backend(Protocol):
 
     def resolve_device(self, device: str | None) -> DeviceInfo:
         """The device of that name; None: an accelerator if there is one."""
+
+    def faster_precision(self, device: DeviceInfo) -> str:
+        """The precision of a system that is sampled with "auto": "bfloat16" where it is measured to be faster, or "float32"."""
 
     def make_chain(
         self,

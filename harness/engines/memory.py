@@ -62,19 +62,22 @@ def state_bytes(parameters: int, precision: str, averages: int = 1) -> int:
     return parameters * (STATE_BYTES + EMA_BYTES * averages + 4 + copy) + RUNTIME_BYTES
 
 
-def fit_micro_batch(batch: int, parameters: int, activation_bytes: int, free: int, averages: int = 1) -> int:
+def fit_micro_batch(
+    batch: int, parameters: int, activation_bytes: int, free: int, averages: int = 1, precision: str = "bfloat16"
+) -> int:
     """A micro-batch that fits in `free` bytes; 0 if not even one image fits.
 
-    The batch is divided into as few micro-batches as possible, of about equal size: a batch of 100, of which 64 images
-    fit, gives 50. The result fits in either precision: activations are counted in float32, which needs more for them, and
-    the training state in bfloat16, which needs more for that. activation_bytes: of one image in float32. averages: as in
+    It divides the batch, unless that takes more than twice as many micro-batches as fit: then all but the last have one
+    size. A batch of 100, of which 64 images fit, gives 50; one of 97 gives 49. activation_bytes: of one image in `precision`;
+    those of float32 with the default precision, which needs more for the training state, fit in either. averages: as in
     `state_bytes`.
     """
-    room = int(free * USABLE_SHARE) - state_bytes(parameters, "bfloat16", averages)
+    room = int(free * USABLE_SHARE) - state_bytes(parameters, precision, averages)
     fitting = min(batch, room // max(activation_bytes, 1))  # 0 activation bytes: not counted, so that all images fit
     if fitting < 1:
         return 0
-    passes = -(-batch // fitting)  # rounded up
+    fewest = -(-batch // fitting)  # micro-batches; rounded up
+    passes = next((number for number in range(fewest, 2 * fewest + 1) if batch % number == 0), fewest)
     return -(-batch // passes)
 
 

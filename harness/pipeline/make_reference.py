@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluators.products import products_on
 from evaluators.reference import MINIMUM_IMAGES
 from evaluators.reference_file import About, read_about, statistics_sha256, write
 from evaluators.streamed_statistics import feature_statistics
@@ -109,7 +110,8 @@ def make_reference(
                         "it away"
                     )
             return ReferenceResult(about=existing, written=False)
-        statistics = feature_statistics(source, extractor, cache=cache, progress=progress).arrays()
+        with products_on(device):
+            statistics = feature_statistics(source, extractor, cache=cache, progress=progress).arrays()
         kept_images = _KeptImages(source, kept, progress)
 
         def finish() -> tuple[dict[str, np.ndarray], About]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,12 +143,14 @@ def _measure(
     labels = stats.labels if about.sampling.label_policy in (None, "balanced") else None
     copies = stats.hashes if stats.distinct < stats.count else None
     samples = source.array()
+    from evaluators.products import products_on
     from evaluators.reference import build_reference, statistics_alone, with_statistics
     from evaluators.reference_file import check_network
     from evaluators.suites import evaluate_samples
 
-    with Stages({"metrics": "metrics"}) as progress:
+    with Stages({"metrics": "metrics"}) as progress, ExitStack() as products:
         extractor = suite.features.load(config.device, weights=config.weights, entry=config.entry)
+        products.enter_context(products_on(config.device))  # after the extractor, which loads the framework
         if config.statistics is not None:
             check_network(config.statistics, extractor)
         if len(data):

@@ -41,6 +41,7 @@ def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan
             micro_batch=options.micro_batch,
             mesh=options.mesh,
             compile="off" if requested == "auto" else requested,
+            deterministic=options.deterministic,
         )
     except NotEnoughMemory as error:
         return dataclasses.replace(plan, missing=(*plan.missing, str(error)))

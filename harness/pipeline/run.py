@@ -22,6 +22,7 @@ from harness.pipeline.training_images import compared_with, needs_training_image
 from harness.planning.matching import request_from
 from harness.planning.plan import evaluate_command
 from harness.runs.run import RUNS_FOLDER, Run
+from harness.runs.samples import sidecar_path
 from harness.settings import RunOptions, keyword_options
 from results.records import Record
 
@@ -109,6 +110,7 @@ def run(options: RunOptions) -> RunResult:
                 continue
             assert images is not None
             for path in paths:
+                group.await_file(sidecar_path(path))  # which is written last
                 measured: list[Record] = []
                 try:
                     evaluate_and_record(

@@ -182,13 +182,14 @@ def _pictures_of_run(
         options, protocol, [(request.spec, arguments)], run.source_paths, f"the run {run.folder}"
     )
     count = grid.rows * grid.columns
+    group.await_file(run.ema_checkpoint(step) / "state.json")
     wanted = sample_request(
         run, step, request.sampling, steps, count, gflops_image=request.estimated_gflops_image(steps),
         precision=options.sampling_precision, batch=options.batch, compile=options.compile,
         decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
     wanted = dataclasses.replace(wanted, batch=min(wanted.batch, count))
-    checkpoint = checkpoints.verify(run.ema_checkpoint(step))
+    checkpoint = checkpoints.verify(run.ema_checkpoint(step), hashes=group.is_main)
     identity = with_grid(wanted.identity(run), grid)
     plan = plan_of(run.recipe, request.sampling, steps, request.spec.time)
     name = f"step{step}-{wanted.short_settings}-{grid}-{files.sha256_json(identity)[:8]}"
@@ -298,11 +299,12 @@ def sample_run(
     cost of an image. Raises `UserError` if the checkpoint is missing or damaged.
     """
     assert (decoder is None) == (run.protocol.space != "latents")
+    group.await_file(run.ema_checkpoint(step) / "state.json")
     wanted = sample_request(
         run, step, request.sampling, steps, request.samples, gflops_image=request.estimated_gflops_image(steps),
         precision=precision, batch=batch, compile=compile, decoder=None if decoder is None else decoder.identity,
     )  # fmt: skip
-    checkpoint = checkpoints.verify(run.ema_checkpoint(step))
+    checkpoint = checkpoints.verify(run.ema_checkpoint(step), hashes=group.is_main)
     protocol = run.protocol
     job = Job(
         folder=run.folder / "samples" / wanted.name(run),
@@ -389,6 +391,7 @@ def _sampler_of_average(
             folder.mkdir(parents=True, exist_ok=True)
         write_reconstruction(plan_reconstruction(run, wanted.step, width, checkpoint.sha256("ema")), base, weights)
     group.barrier("the EMA weights are reconstructed")
+    group.await_file(weights)
     try:
         sampler = _sampler_of(run, request, wanted, weights, plan, decoder)
         group.barrier("the EMA weights are read")

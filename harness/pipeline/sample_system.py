@@ -42,8 +42,8 @@ def sample_system(
 ) -> Path:
     """Make one sample set in a folder below `folder`, with its grid, unless it exists; returns its samples.npz.
 
-    batch: batch size; None: chosen by the cost of an image. device: None: an accelerator if there is one. Raises
-    `UserError` for a backbone without a network in the framework, and for a decoder that takes other latents or makes
+    precision: "auto" takes the backend's `faster_precision`. batch: batch size; None: chosen by the cost of an image.
+    device: None: an accelerator if there is one. Raises `UserError` for a backbone without a network in the framework, and for a decoder that takes other latents or makes
     other images.
     """
     engine = get_backend(framework)
@@ -51,6 +51,7 @@ def sample_system(
     protocol = get_protocol(system.protocol)
     device_info = _device_of(loaded, framework, device)
     batch = batch or default_batch(system.estimated_gflops_image(), device_info.platform)
+    precision = engine.faster_precision(device_info) if precision == "auto" else precision
     decoder = _decoder_of(loaded, framework, device_info)
     identity = _identity(
         loaded, decoder, framework=framework, count=count, seed=seed, precision=precision, compile=compile, batch=batch
@@ -108,9 +109,10 @@ def pictures_of_system(
     count = grid.rows * grid.columns
     batch = min(options.batch or default_batch(system.estimated_gflops_image(), device_info.platform), count)
     decoder = _decoder_of(loaded, framework, device_info)
+    precision = options.sampling_precision
     settings: dict[str, Any] = {
         "seed": options.sampling_seed or 0,
-        "precision": options.sampling_precision,
+        "precision": engine.faster_precision(device_info) if precision == "auto" else precision,
         "compile": options.compile or "off",
         "batch": batch,
     }

@@ -85,6 +85,8 @@ def run_job(
     resumed = group.all_max(int(len(missing) < len(local_starts)))
     seconds = None if resumed else time.monotonic() - begin  # None: the time for the earlier shards is not known
     if group.is_main:
+        for start in starts:
+            group.await_file(_shard_path(shards_folder, start))
         record = job.record
         evaluations: dict[str, float | None] = {"evaluations": sampler.evaluations}
         if sampler.evaluations is None:

@@ -23,13 +23,14 @@ from harness.io import files
 from harness.loggers import check_installed
 from harness.pipeline.devices import device_of
 from harness.pipeline.plan import measured_cost
+from harness.pipeline.training_loop import newest_checkpoint
 from harness.pipeline.training_loop import train as train_loop
 from harness.planning.matching import request_from
 from harness.planning.plan import make_plan
 from harness.planning.plan_text import costs_text, headline, measured_text
 from harness.planning.request import Request
 from harness.protocols import Protocol
-from harness.runs import checkpoints
+from harness.runs.checkpoints import Checkpoint
 from harness.runs.provenance import environment
 from harness.runs.run import (
     RUNS_FOLDER,
@@ -126,7 +127,10 @@ class RunSession:
         self.run: Run | None = find_run(folder, self.spec)
         exists = self.run is not None
         # Checked by all processes before the main one creates the run.
-        if group.broadcast(int(exists)) != exists:
+        if (expected := bool(group.broadcast(int(exists)))) and not exists:
+            group.await_file(folder / "run.json")
+            self.run = find_run(folder, self.spec)
+        elif exists and not expected:
             raise UserError(
                 f"process {group.index} and the main process see different contents of {folder}; they need a shared file system"
             )
@@ -174,6 +178,7 @@ class RunSession:
                 precision=options.precision,
                 micro_batch=options.micro_batch,
                 compile=options.compile or "off",
+                deterministic=options.deterministic,
             )
             if options.fork:
                 self.fork(options.fork, measured.resolved)
@@ -219,7 +224,13 @@ class RunSession:
             check_closed_form(spec, request.framework, request.arguments)  # needs no memory
 
     def measure(
-        self, *, device: str | None, precision: str, micro_batch: int | None, compile: str = "auto"
+        self,
+        *,
+        device: str | None,
+        precision: str,
+        micro_batch: int | None,
+        compile: str = "auto",
+        deterministic: bool = False,
     ) -> Measured:
         """Measure speed and memory, and choose the settings that `create` freezes. Builds the network and keeps it.
 
@@ -229,7 +240,13 @@ class RunSession:
             raise UserError("an auxiliary loss taps into the network, which --compile on does not allow; leave it out")
         mode = "off" if self.request.recipe.auxiliary else compile
         self._net, measured = get_backend(self.request.framework).measure(
-            self.request, device=device, precision=precision, micro_batch=micro_batch, mesh=self.mesh, compile=mode
+            self.request,
+            device=device,
+            precision=precision,
+            micro_batch=micro_batch,
+            mesh=self.mesh,
+            compile=mode,
+            deterministic=deterministic,
         )
         return measured
 
@@ -239,17 +256,15 @@ class RunSession:
             environment_now = environment(resolved.device_name)
             create_run(self.folder, self.spec, resolved, environment_now, self.data.source_paths, fork)
         self.group.barrier("the run is created")
+        self.group.await_file(self.folder / "run.json")
         self.run = find_run(self.folder, self.spec)
-        if self.run is None:
-            raise UserError(
-                f"process {self.group.index} does not see {self.folder}; the processes of a run need a shared file system"
-            )
+        assert self.run is not None
         return self.run
 
     def fork(self, source: Path, resolved: Resolved) -> Run:
         """Create the run from the newest checkpoint of the run in `source`, with its log up to that step."""
         parent = open_run(source)
-        checkpoint = checkpoints.newest(parent.checkpoints)
+        checkpoint = newest_checkpoint(parent.checkpoints, self.group)
         if checkpoint is None:
             raise UserError(f"--fork {source} has no checkpoint yet")
         # A fork may go on with changed code of a plug-in.
@@ -293,7 +308,7 @@ class RunSession:
         )
 
 
-def _origin(parent: Run, checkpoint: checkpoints.Checkpoint, resolved: Resolved) -> dict[str, Any]:
+def _origin(parent: Run, checkpoint: Checkpoint, resolved: Resolved) -> dict[str, Any]:
     """`Run.fork` of a fork with the settings `resolved` from a checkpoint of `parent`, which may be a fork too."""
     before = [parent.fork["earlier_precision"]] if "earlier_precision" in parent.fork else []
     if parent.resolved.precision != resolved.precision:

@@ -81,13 +81,8 @@ def train(
     """
     if group.broadcast(int(until in run.ema_checkpoint_steps())):
         return
-    checkpoint = checkpoints.newest(run.checkpoints)
+    checkpoint = newest_checkpoint(run.checkpoints, group)
     done = 0 if checkpoint is None else checkpoint.step
-    if done != group.broadcast(done):
-        raise UserError(
-            f"process {group.index} finds another newest checkpoint in {run.checkpoints} than the main process; the "
-            "processes of a run share a file system"
-        )
     if checkpoint is not None:
         if done > until:
             raise UserError(
@@ -147,6 +142,21 @@ def train(
         assert manager.newest is not None
         keep_ema_checkpoint(run, manager.newest)
     group.barrier("the EMA checkpoint is kept")
+
+
+def newest_checkpoint(root: Path, group: ProcessGroup) -> Checkpoint | None:
+    """The newest intact checkpoint below `root`, as the main process finds it; None if there are none.
+
+    The main process alone reads the files for their checksums. Errors as of `checkpoints.newest`, and `UserError` in a process
+    that does not see the checkpoint.
+    """
+    checkpoint = checkpoints.newest(root) if group.is_main else None
+    step = group.broadcast(0 if checkpoint is None else checkpoint.step)
+    if group.is_main or not step:
+        return checkpoint
+    folder = checkpoints.folder_of(root, step)
+    group.await_file(folder / "state.json")
+    return checkpoints.verify(folder, hashes=False)
 
 
 def keep_ema_checkpoint(run: Run, checkpoint: Checkpoint) -> None:

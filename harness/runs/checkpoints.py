@@ -36,7 +36,7 @@ Tensors = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint on disk whose checksums were correct when it was opened."""
+    """A checkpoint on disk whose checksums were correct when it was opened, by this process or by the main one."""
 
     folder: Path
     step: int
@@ -73,7 +73,7 @@ def write(
         if give_up():
             raise GivenUp
 
-    final = root / f"step-{step:08d}"
+    final = folder_of(root, step)
     partial = root / f"{final.name}{files.PARTIAL}"
     with files.explained(final):
         root.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def write(
         steps = _steps(root)
         kept = [each for each in steps if each < step][-(KEPT - 1) :]
         for other in set(steps) - {*kept, step}:
-            files.remove(root / f"step-{other:08d}")
+            files.remove(folder_of(root, other))
         partial.mkdir()
         entries = {}
         try:
@@ -172,6 +172,11 @@ class Writer:
                 self.wait()
 
 
+def folder_of(root: Path, step: int) -> Path:
+    """The folder below `root` of the checkpoint of `step`."""
+    return root / f"step-{step:08d}"
+
+
 def newest(root: Path) -> Checkpoint | None:
     """The newest intact checkpoint below `root`; None if there are no checkpoints. Logs a warning for damaged ones.
 
@@ -181,7 +186,7 @@ def newest(root: Path) -> Checkpoint | None:
     newest_damage = ""
     for step in reversed(steps):
         try:
-            return verify(root / f"step-{step:08d}")
+            return verify(folder_of(root, step))
         except UserError as error:
             newest_damage = newest_damage or str(error)
             logger.warning(f"{error}; trying the one before it")
@@ -192,9 +197,10 @@ def newest(root: Path) -> Checkpoint | None:
     return None
 
 
-def verify(folder: Path) -> Checkpoint:
+def verify(folder: Path, *, hashes: bool = True) -> Checkpoint:
     """The checkpoint, or EMA checkpoint, in `folder`, after a comparison of all its files with their checksums.
 
+    hashes: False compares their sizes alone, in a process that relies on the main process for the rest.
     Raises UserError, which names the part, if one is missing or damaged.
     """
     state = files.read_json(folder / "state.json", "checkpoint")
@@ -205,7 +211,8 @@ def verify(folder: Path) -> Checkpoint:
             path = folder / name
             if not path.exists():
                 raise UserError(f"checkpoint {folder} is incomplete: {name} is missing")
-            if path.stat().st_size != entry["bytes"] or files.sha256_file(path) != entry["sha256"]:
+            intact = path.stat().st_size == entry["bytes"]
+            if not intact or (hashes and files.sha256_file(path) != entry["sha256"]):
                 raise UserError(f"checkpoint {folder} is corrupt: {name} does not match its checksum")
         _check_items(state)
         return Checkpoint(folder=folder, step=int(state["step"]), state=state)

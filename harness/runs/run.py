@@ -123,6 +123,7 @@ class Resolved:
     gradient_checkpointing: bool = False
     mesh: str = "1x1"  # device mesh DATAxMODEL (jax only)
     compile: str = "off"  # or "on": the network is compiled by torch.compile, in training and sampling
+    deterministic: bool = False  # only deterministic algorithms on a GPU, in training and sampling
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,7 @@ def sample_request(
     count: int,
     *,
     gflops_image: float,  # sampling compute of one image
-    precision: str = PRECISION,
+    precision: str = PRECISION,  # "auto": that of the run's training
     batch: int | None = None,  # None: `default_batch`
     compile: str | None = None,  # None: as the run was created
     decoder: dict[str, Any] | None = None,  # identity; None: `default_decoder`
@@ -133,7 +133,7 @@ def sample_request(
         sampling=sampling,
         steps=steps,
         count=count,
-        precision=precision,
+        precision=run.resolved.precision if precision == "auto" else precision,
         batch=batch or default_batch(gflops_image, run.resolved.device),
         compile=compile or run.resolved.compile,
         checkpoint_sha256=checkpoint_sha256,

@@ -62,7 +62,8 @@ class SamplingSettings(PluginFiles):
         recorded="sampling.seed", footnote="sampling seed",
     )  # fmt: skip
     sampling_precision: str = setting(
-        "Arithmetic of the network in sampling.", read_text, "float32", choices=PRECISIONS, show_default=True,
+        "Arithmetic of the network in sampling. auto: as the run was trained, which measured it; of a system, bfloat16 on a GPU "
+        "whose matrix products are faster in it.", read_text, "float32", choices=("auto", *PRECISIONS), show_default=True,
         study="sampling.precision", recorded="sampling.precision", footnote="sampling precision",
     )  # fmt: skip
     match_sampling: Reference | None = setting(

@@ -93,6 +93,10 @@ class TrainingSettings(PluginFiles):
         "Activation checkpointing: less memory, more compute.", read_switch, False, study="gradient_checkpointing",
         frozen_unless="",
     )  # fmt: skip
+    deterministic: bool = setting(
+        "Deterministic algorithms on a GPU, in training and sampling: slower, and the same bits on the same device (torch).",
+        read_switch, False, study="deterministic", frozen_unless="",
+    )  # fmt: skip
     out: Path | None = setting(
         "Folder of the run.", read_path, metavar="DIR", default_text="runs/NAME", type_name="path"
     )

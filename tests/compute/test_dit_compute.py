@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from backbones.dit.spec import SPECS
-from harness.compute.activations import activation_bytes
+from harness.compute import activations
+from harness.compute.activations import activation_bytes, activation_bytes_by_precision
 from harness.compute.trace_torch import trace
 
 BY_NAME = {spec.name: spec for spec in SPECS}
@@ -82,6 +83,33 @@ def test_activation_bytes_are_what_a_real_training_step_saves():
     real = sum(tensor.untyped_storage().nbytes() for address, tensor in storages.items() if address not in held)
     assert real > 0
     assert activation_bytes(spec) == pytest.approx(real, rel=0.02)  # padding inside kernels differs
+
+
+def test_activation_bytes_in_bfloat16():
+    """The product of matrices keeps half, the stream between blocks and the normalisations stay in float32."""
+    xl = activation_bytes_by_precision(BY_NAME["dit-xl-2"], out_channels=8)
+    assert xl["float32"] == xl["tf32"] == pytest.approx(665.9e6, rel=1e-3)
+    assert xl["bfloat16"] == pytest.approx(366.9e6, rel=1e-3)
+    spec = BY_NAME["dit-xs-4"]
+    checkpointed = activation_bytes_by_precision(spec, gradient_checkpointing=True)
+    assert checkpointed["bfloat16"] < checkpointed["float32"] < activation_bytes(spec)
+
+
+def test_a_network_that_fails_in_bfloat16_counts_as_in_float32(monkeypatch):
+    class Strict(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(32, 32))
+
+        def forward(self, x, t, y):
+            out = torch.nn.functional.linear(x, self.weight)
+            if out.dtype != torch.float32:
+                raise RuntimeError("expected float32")
+            return out.exp()
+
+    monkeypatch.setattr(activations, "build_on_meta", lambda spec, overrides: Strict().to("meta"))
+    found = activation_bytes_by_precision(BY_NAME["dit-xs-4"])
+    assert found["bfloat16"] == found["float32"] > 0
 
 
 def test_activation_bytes_grow_as_they_should():

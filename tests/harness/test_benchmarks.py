@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from harness import registry
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.torch.sampler import guided, sample_loop
+from harness.randomness import threefry_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +55,25 @@ def test_the_public_network_is_ours():
     t, y = torch.tensor([3, 900]), torch.tensor([7, 1000])
     ours, theirs = net(x, t, y), peers.PublicNetwork(net)(x, t, y)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_the_generator_is_checked_on_the_device(monkeypatch):
+    """Its keys come from the host, and what it draws is on the device of the check."""
+    checks, drawn = module("gpu_checks"), []
+
+    def on_device(draw):
+        def watched(seed, purpose, index, step, what, device=threefry_torch.CPU):
+            drawn.append((index.device.type, device.type))
+            return draw(seed, purpose, index, step, what)
+
+        return watched
+
+    functions = {name: getattr(threefry_torch, name) for name in ("bits", "uniform", "integers", "normal")}
+    monkeypatch.setattr(
+        checks, "threefry_torch", Namespace(**{name: on_device(draw) for name, draw in functions.items()})
+    )
+    found, holds = checks.generator(Namespace(device="cuda"))
+    assert holds and found["wrong"] == 0 and set(drawn) == {("cpu", "cuda")}
 
 
 def test_the_reckoned_step_has_the_operations_of_three_forward_passes():

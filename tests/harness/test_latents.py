@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import threading
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from harness.data.images import ImageSet
 from harness.data.load import NamedImages
 from harness.data.prepared import CHUNK_IMAGES
 from harness.errors import RunError, UserError
+from harness.frameworks import torch_transfer
 from harness.runs.samples import write_samples
 
 COUNT = 2 * CHUNK_IMAGES + 30  # three chunks
@@ -194,6 +196,53 @@ def test_work_that_was_cut_off_is_continued_to_the_same_bytes(vae, source, whole
     assert latents.load(out).meta == latents.load(whole).meta
     (out / "chunks.partial").write_bytes(b"{}\n")  # of a process that was killed after its last write
     assert make(source, vae, out) is False and not (out / "chunks.partial").exists()
+
+
+def test_reading_and_writing_go_on_while_a_chunk_is_encoded(vae, source, whole, tmp_path, monkeypatch):
+    """When the second chunk is about to be encoded, the third is read, and the first is written, each by its thread."""
+    real, calls, done = encode.encode, [], {name: threading.Event() for name in ("third is read", "first is written")}
+
+    class Watched(np.ndarray):
+        def __getitem__(self, rows):
+            if isinstance(rows, slice) and rows.start == 2 * CHUNK_IMAGES:
+                done["third is read"].set()
+            return np.asarray(self)[rows]
+
+    append_line = encode._append_line
+
+    def appended(lines, entry):
+        append_line(lines, entry)
+        if entry[0] == 0:
+            assert threading.current_thread() is not threading.main_thread()
+            done["first is written"].set()
+
+    def watched(decoder, images):
+        calls.append(len(images))
+        assert threading.current_thread() is threading.main_thread() and images.dtype == np.uint8
+        if len(calls) == 2:
+            assert all(event.wait(60) for event in done.values())
+        return real(decoder, images)
+
+    monkeypatch.setattr(encode, "encode", watched)
+    monkeypatch.setattr(encode, "_append_line", lambda lines, entry: (appended if isinstance(entry, list) else append_line)(lines, entry))  # fmt: skip
+    seen = dataclasses.replace(
+        source, images=dataclasses.replace(source.images, images=source.images.images.view(Watched))
+    )
+    assert make(seen, vae, tmp_path / "cache") is True
+    assert calls == [CHUNK_IMAGES, CHUNK_IMAGES, 30] and bytes_of(tmp_path / "cache") == bytes_of(whole)
+
+
+def test_images_reach_the_autoencoder_as_bytes(vae, source, monkeypatch):
+    seen, to_device = [], torch_transfer.to_device
+    monkeypatch.setattr(
+        torch_transfer, "to_device", lambda part, device: (seen.append(part.dtype), to_device(part, device))[1]
+    )
+    images = source.images.images[:3]
+    moments = encode.encode(vae, images)
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    expected = vae.posterior(x.contiguous()).numpy()
+    np.testing.assert_array_equal(moments[:, 0], expected)
+    assert seen == [torch.uint8, torch.float32]
 
 
 def test_a_damaged_chunk_is_made_again(vae, source, whole, tmp_path, monkeypatch):

@@ -274,6 +274,53 @@ def test_an_image_of_a_cascade_does_not_know_its_batch(monkeypatch):
     assert not np.array_equal(cascade(seed=SEED + 1)[2].draw(INDEX, LABELS), results[64][0])
 
 
+class Small:
+    """A network on a GPU whose memory suffices for `most` images at once; guidance doubles them."""
+
+    def __init__(self, net, most):
+        self.net, self.most, self.sizes = net, most, []
+
+    def to(self, device):
+        return self
+
+    eval = requires_grad_ = lambda self, *_: self
+
+    def __call__(self, x, *rest):
+        self.sizes.append(len(x))
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return self.net(x, *rest)
+
+
+def small_cascade(most):
+    nets, stages, chain = cascade()
+    small = Small(nets[1], most)
+    stages[1]._net._net = small
+    return small, chain
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_gives_the_same_images(caplog):
+    steps, halved = [], []
+    whole, whole_predicted = cascade()[2].trajectory(INDEX, LABELS, (2, 17), 20, lambda: steps.append(1))
+    small, chain = small_cascade(most=40)  # 64 images, then 32, are 128 and 64 with guidance; 16 fit
+    with caplog.at_level("INFO"):
+        images, predicted = chain.trajectory(INDEX, LABELS, (2, 17), 20, lambda: halved.append(1))
+    assert small.sizes[:2] == [128, 64] and set(small.sizes[2:]) == {32}
+    assert np.array_equal(images, whole) and len(halved) == len(steps) == 18
+    for one, other in zip(predicted, whole_predicted, strict=True):
+        assert len(one) == 20 and np.array_equal(one, other)
+    assert "32 images at once do not fit in the memory of cpu; trying 16" in caplog.text
+    small.sizes.clear()
+    assert np.array_equal(chain.draw(INDEX, LABELS), whole)
+    assert set(small.sizes) == {32}  # what fits is known
+
+
+def test_where_not_even_one_image_fits_there_is_one_line():
+    with pytest.raises(RunError, match="the memory of cpu is too small to sample one image") as caught:
+        small_cascade(most=1)[1].draw(INDEX, LABELS)
+    assert "\n" not in str(caught.value)
+
+
 def test_an_upsampler_is_given_the_rounded_image_and_noise():
     nets, stages, chain = cascade()
     chain.draw(INDEX, LABELS)

@@ -5,6 +5,8 @@ import io
 import json
 import logging
 import math
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,13 +15,23 @@ import torch
 from safetensors.numpy import load_file, save_file
 from small_runs import SecondProcess, request, workshop
 
+from harness.data.digits import load
+from harness.distributed import group as group_module
 from harness.distributed.group import ProcessGroup, Stopped
 from harness.engines.torch import process_group
 from harness.engines.torch import trainer as torch_trainer
 from harness.errors import RunError, UserError
 from harness.pipeline import training_loop
 from harness.pipeline.train import RunSession
-from harness.pipeline.training_loop import AGREE_STEPS, STOP, CheckpointManager, Loggers, time, train
+from harness.pipeline.training_loop import (
+    AGREE_STEPS,
+    STOP,
+    CheckpointManager,
+    Loggers,
+    newest_checkpoint,
+    time,
+    train,
+)
 from harness.runs import checkpoints
 from harness.runs.provenance import TrainingTime
 from harness.runs.run import find_run
@@ -452,9 +464,68 @@ def test_the_main_process_decides_whether_an_ema_checkpoint_is_there(whole, tmp_
     monkeypatch.setattr(whole, "group", SecondProcess(value=0))
     with pytest.raises(ZeroDivisionError):
         whole.train(12)
-    with pytest.raises(UserError, match="another newest checkpoint"):  # which is what it looks at next
-        train(whole.run, None, 12, gflops_step=1.0, state_bytes=1, device="", group=SecondProcess(value=0))
     assert begun == ["torch"]
+
+
+class Follower(SecondProcess):
+    """A process whose main process broadcasts these values, one after the other."""
+
+    def __init__(self, *values):
+        self.values = iter(values)
+
+    def broadcast(self, value):
+        return next(self.values)
+
+
+def test_the_main_process_alone_reads_a_checkpoint_for_its_checksums(whole, monkeypatch):
+    """And the others take its word, of which checkpoint is the newest intact one, too."""
+    hashed, root = [], whole.run.checkpoints
+    step = checkpoints._steps(root)[-1]
+    sha256_file = checkpoints.files.sha256_file
+    monkeypatch.setattr(checkpoints.files, "sha256_file", lambda path: (hashed.append(path), sha256_file(path))[1])
+    alone = newest_checkpoint(root, ProcessGroup())
+    assert len(hashed) == 4
+    assert newest_checkpoint(root, Follower(step)) == alone and len(hashed) == 4
+    assert newest_checkpoint(root, Follower(0)) is None
+    monkeypatch.setattr(group_module, "FILE_SECONDS", 0.2)
+    with pytest.raises(UserError, match=f"process 1 does not see .*step-{step + 1:08d}"):
+        newest_checkpoint(root, Follower(step + 1))
+
+
+def test_a_file_that_is_seen_late_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(group_module, "FILE_POLL_SECONDS", 0.01)
+    late, listed = tmp_path / "run" / "run.json", []
+    late.parent.mkdir()
+    iterdir = Path.iterdir
+
+    def looked(path):
+        listed.append(path)
+        if len(listed) == 3:
+            late.write_text("{}")
+        return iterdir(path)
+
+    monkeypatch.setattr(Path, "iterdir", looked)
+    SecondProcess(value=0).await_file(late)
+    assert listed == [late.parent] * 3
+    ProcessGroup().await_file(tmp_path / "nowhere")  # of a process that works alone there is nobody else who writes
+    monkeypatch.setattr(group_module, "FILE_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"process 1 does not see .*never 0.05 s after .* need a shared file system"):
+        SecondProcess(value=0).await_file(tmp_path / "never")
+
+
+def test_a_run_that_another_process_sees_first_is_waited_for(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(group_module, "FILE_SECONDS", 0.05)
+    with pytest.raises(UserError, match="process 1 does not see .*run.json"):
+        RunSession(request(steps=12), load(), tmp_path / "run", SecondProcess(value=1))
+
+    def appears(self, path):
+        shutil.copytree(whole.folder, path.parent)
+
+    monkeypatch.setattr(ProcessGroup, "await_file", appears)
+    session = RunSession(whole.request, load(), tmp_path / "run", SecondProcess(value=1))
+    assert session.run is not None and session.run.identity == whole.run.identity
+    with pytest.raises(UserError, match="see different contents"):
+        RunSession(whole.request, load(), whole.folder, SecondProcess(value=0))
 
 
 @pytest.mark.parametrize(("error", "done"), [(Stopped, True), (KeyboardInterrupt, False), (SystemExit, False)])

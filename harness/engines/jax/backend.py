@@ -14,13 +14,13 @@ from harness.engines.ema import parts
 from harness.engines.jax import mesh as devices
 from harness.engines.jax import resolve
 from harness.engines.jax.sampling import JaxChain, Network, load_weights, make_run_sampler
-from harness.engines.jax.systems import make_chain, resolve_device
+from harness.engines.jax.systems import faster_precision, make_chain, resolve_device
 from harness.engines.jax.trainer import JaxEngine, build
 from harness.engines.memory import Measured, check_room
 from harness.planning.request import Request
 from harness.runs.run import Run
 
-__all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
+__all__ = ["faster_precision", "resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,10 @@ def measure(
     micro_batch: int | None,
     mesh: str | None,
     compile: str,
+    deterministic: bool = False,
 ) -> tuple[nnx.Module, Measured]:
     """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
-    resolve.refuse_torch_options(precision, compile)
+    resolve.refuse_torch_options(precision, compile, deterministic)
     device_mesh = devices.make_mesh(devices.pick_devices(device), mesh)
     device = device or devices.platform_name(device_mesh)
     averages = len(parts(request.recipe))

@@ -29,12 +29,16 @@ FAR_SLOWER = 4  # a pass that takes more than this many times as long as one in 
 LESS_MEMORY = "give a smaller --micro-batch or --gradient-checkpointing"
 
 
-def refuse_torch_options(precision: str = "float32", compile: str = "off") -> None:
-    """Raise UserError for the options that only torch has: precision "tf32" and compile "on"."""
+def refuse_torch_options(precision: str = "float32", compile: str = "off", deterministic: bool = False) -> None:
+    """Raise UserError for the options that only torch has: precision "tf32", compile "on" and deterministic algorithms."""
     if precision == "tf32":
         raise UserError("precision tf32 belongs to --framework torch; jax has float32 and bfloat16")
     if compile == "on":
         raise UserError("--compile belongs to --framework torch; jax always compiles")
+    if deterministic:
+        raise UserError(
+            "--deterministic belongs to --framework torch; jax has XLA_FLAGS=--xla_gpu_deterministic_ops=true"
+        )
 
 
 def inputs_of(

@@ -33,6 +33,11 @@ def resolve_device(device: str | None) -> DeviceInfo:
     return DeviceInfo(mesh, platform, devices.device_name(mesh) + threads)
 
 
+def faster_precision(device: DeviceInfo) -> str:
+    """See `harness.engines.interfaces.Backend`. Always float32: the precisions are not measured here."""
+    return "float32"
+
+
 def make_chain(
     loaded: LoadedSystem,
     decoder: Decoder | None,

@@ -8,19 +8,19 @@ from pathlib import Path
 import torch
 
 from harness.autoencoders.load import Decoder
-from harness.compute.activations import activation_bytes
+from harness.compute.activations import activation_bytes_by_precision
 from harness.data.examples import Examples
 from harness.diffusion.sampler_plan import AnyPlan
 from harness.engines.ema import parts
 from harness.engines.memory import Measured, check_room
 from harness.engines.torch import parallel, resolve
 from harness.engines.torch.sampling import TorchSampler, load_weights
-from harness.engines.torch.systems import make_chain, resolve_device
+from harness.engines.torch.systems import faster_precision, make_chain, resolve_device
 from harness.engines.torch.trainer import TorchEngine, build
 from harness.planning.request import Request
 from harness.runs.run import Run
 
-__all__ = ["resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
+__all__ = ["faster_precision", "resolve_device", "make_chain", "make_engine", "make_sampler", "measure"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,10 +33,12 @@ def measure(
     micro_batch: int | None,
     mesh: str | None,
     compile: str,
+    deterministic: bool = False,
 ) -> tuple[torch.nn.Module, Measured]:
     """Build the network of a new run and measure its speed and memory. Returns the network at its initialisation."""
     shape = parallel.mesh_of(mesh)  # of a new run: without --mesh all processes are along DATA
     target = resolve.pick_device(device)
+    resolve.set_deterministic(target, deterministic)
     averages = len(parts(request.recipe))
     check_room(
         request.spec.name, request.compute.params // shape.model, str(target), resolve.free_bytes(target), averages
@@ -52,10 +54,11 @@ def measure(
         mesh=shape,
         precision=precision,
         micro_batch=micro_batch,
-        activation_bytes=activation_bytes(request.spec, **request.arguments),
+        activation_bytes=activation_bytes_by_precision(request.spec, **request.arguments),
         gradient_checkpointing=bool(request.arguments.get("gradient_checkpointing", False)),
         averages=averages,
         compile=compile,
+        deterministic=deterministic,
         steps=request.recipe.steps,
     )
     return net, measured

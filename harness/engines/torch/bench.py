@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import registry
 from harness.compute import TRAINING_FACTOR
-from harness.compute.activations import activation_bytes
+from harness.compute.activations import activation_bytes_by_precision
 from harness.data.images import ImageSet
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.engines.memory import check_room, fit_micro_batch, one_image_error
@@ -147,8 +147,8 @@ class Bench:
         parameters = self.spec.count(**self.arguments).params
         free = resolve.free_bytes(self.device)
         check_room(self.spec.name, parameters, str(self.device), free)
-        image_bytes = activation_bytes(self.spec, **self.arguments)
-        micro_batch = fit_micro_batch(self.batch, parameters, image_bytes, free)
+        image_bytes = activation_bytes_by_precision(self.spec, **self.arguments)[self.precision]
+        micro_batch = fit_micro_batch(self.batch, parameters, image_bytes, free, precision=self.precision)
         if not micro_batch:
             raise one_image_error(self.spec.name, parameters, image_bytes, str(self.device), free)
         engine = TorchEngine(

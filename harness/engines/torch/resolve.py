@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ PROBE_REPEATS = 3
 # A precision in which a product of matrices of this side takes more than FAR_SLOWER times as long is not measured.
 FAR_SLOWER = 4
 PRODUCT_SIDE = 512
+CUDA_PRODUCT_SIDE = 4096  # on a GPU a smaller product takes as long in either: the time of a launch
+CUBLAS_WORKSPACE = ":4096:8"  # a workspace of fixed size, with which cuBLAS is deterministic
 LONG_SECONDS = 20.0  # a pass that takes longer is not repeated
 
 
@@ -117,12 +120,13 @@ def measure(
 def product_slowdown(device: torch.device, precision: str) -> float:
     """How many times as long a matrix product takes in `precision`, "bfloat16", as in float32; in the slowest process.
 
-    Far more than 1 on a processor without units for it. All processes must call this.
+    Sets the arithmetic of this process to float32. Far more than 1 on a processor without units for it. All processes must call this.
     """
     set_arithmetic(device, "float32")
     best = {}
+    side = CUDA_PRODUCT_SIDE if device.type == "cuda" else PRODUCT_SIDE
     for dtype in (torch.float32, getattr(torch, precision)):
-        factor = torch.ones(PRODUCT_SIDE, PRODUCT_SIDE, dtype=dtype, device=device)
+        factor = torch.ones(side, side, dtype=dtype, device=device)
         best[dtype] = float("inf")
         for _ in range(PROBE_REPEATS):  # the first one may include set-up
             begin = time.perf_counter()
@@ -195,23 +199,41 @@ def set_arithmetic(device: torch.device, precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
+def set_deterministic(device: torch.device, deterministic: bool) -> None:
+    """On a GPU, let this process use deterministic algorithms alone, or any. Nothing elsewhere: a CPU's are.
+
+    Called before the first matrix product, because cuBLAS reads its setting then.
+    """
+    if device.type != "cuda":
+        return
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def _seconds_by_precision(
-    net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precisions: list[str], kind: str,
+    net: torch.nn.Module, images: dict[str, int], arguments: dict[str, Any], device: torch.device, kind: str,
     time_form: str,
 ) -> dict[str, float]:  # fmt: skip
     """Precision -> seconds of training on one image with all processes at work. All processes must call this.
 
+    images: precision -> images of the pass that is measured.
     Left out if another one works: a precision in which the network fails, such as bfloat16 in an operation without it, and
     one that this device has no units for.
     """
     seconds: dict[str, float] = {}
-    for precision in precisions:
+    for precision, count in images.items():
         if seconds and (slowdown := product_slowdown(device, precision)) > FAR_SLOWER:
             logger.info(f"  {precision} is not measured: a matrix product takes {slowdown:.3g} times as long in it")
             continue
         try:
-            local_seconds = measure(net, images, arguments, device, precision, kind, time_form)
+            local_seconds = measure(net, count, arguments, device, precision, kind, time_form)
         except (RuntimeError, TypeError, NotImplementedError) as error:
+            if device.type == "cuda" and torch.are_deterministic_algorithms_enabled() and "deterministic" in str(error):
+                raise UserError(
+                    f"--deterministic: the network uses an operation that has no deterministic algorithm ({one_line(error)[:160]}); "
+                    "leave the flag out"
+                ) from error
             if not seconds or isinstance(error, (RunError, torch.OutOfMemoryError)):
                 raise
             logger.info(f"  {precision} is left out: the network fails in it with {one_line(error)}")
@@ -230,10 +252,11 @@ def resolve(
     mesh: MeshShape,
     precision: str,  # "auto", or one of NAMED_PRECISIONS
     micro_batch: int | None,  # None: the largest that fits
-    activation_bytes: int,  # of one image in float32
+    activation_bytes: Mapping[str, int],  # of one image, by precision
     gradient_checkpointing: bool,
     averages: int = 1,  # of the weights, the EMA included
     compile: str,  # of compiling.CHOICES
+    deterministic: bool = False,
     steps: int,  # of the run
 ) -> Measured:
     """Choose precision, micro-batch and compilation if they are "auto" or None, by measurements of `net`.
@@ -248,19 +271,20 @@ def resolve(
         local_parameters = parameters // mesh.model + parallel.largest_block(net)
     local_batch = parallel.local_batch(batch)
     free = free_bytes(device) + 4 * local_parameters  # the network is already in memory and was counted as used
-    # The largest micro-batch that fits in every process: the minimum, as the negative of a maximum.
-    fitting = -int(
-        process_group.all_max(-fit_micro_batch(local_batch, local_parameters, activation_bytes, free, averages))
-    )
-    if fitting == 0:
-        raise one_image_error(spec.name, local_parameters, activation_bytes, str(device), free, averages)
-    chosen = min(micro_batch or fitting, local_batch)  # the micro-batch; that of the user is not checked for memory
-    # A GPU is measured with the micro-batch that will run: with fewer images it would wait for the launches of its kernels.
-    images = min(chosen, PROBE_IMAGES) if device.type == "cpu" else chosen
     check_precision(device, precision)
-    candidates = list(PRECISIONS) if precision == "auto" else [precision]
+    chosen: dict[str, int] = {}  # micro-batch by precision
+    for candidate in PRECISIONS if precision == "auto" else (precision,):
+        # The largest micro-batch that fits in every process: the minimum, as the negative of a maximum.
+        local = fit_micro_batch(local_batch, local_parameters, activation_bytes[candidate], free, averages, candidate)
+        if fitting := -int(process_group.all_max(-local)):
+            chosen[candidate] = min(micro_batch or fitting, local_batch)  # that of the user is not checked for memory
+    if not chosen:
+        least = min(activation_bytes.values()) if precision == "auto" else activation_bytes[precision]
+        raise one_image_error(spec.name, local_parameters, least, str(device), free, averages)
+    # A GPU is measured with the micro-batch that will run: with fewer images it would wait for the launches of its kernels.
+    images = {each: min(size, PROBE_IMAGES) if device.type == "cpu" else size for each, size in chosen.items()}
     processes = process_group.size()
-    seconds = _seconds_by_precision(net, images, arguments, device, candidates, spec.kind, spec.time)
+    seconds = _seconds_by_precision(net, images, arguments, device, spec.kind, spec.time)
     fastest = min(seconds, key=lambda name: seconds[name])
     unavailable = compiling.unavailable_reason(device)
     # Either all processes measure compiled code or none: they wait for each other in `choose`.
@@ -268,7 +292,7 @@ def resolve(
         unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
         compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=local_batch * steps,
-        measure=lambda: measure_here(net, images, arguments, device, fastest, spec.kind, time_form=spec.time),
+        measure=lambda: measure_here(net, images[fastest], arguments, device, fastest, spec.kind, time_form=spec.time),
         all_max=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)
@@ -276,13 +300,14 @@ def resolve(
         device=str(device) if processes == 1 else device.type,
         device_name=name if processes == 1 else f"{processes} x {name}",
         precision=fastest,
-        micro_batch=chosen,
+        micro_batch=chosen[fastest],
         threads=torch.get_num_threads(),
         gradient_checkpointing=gradient_checkpointing,
         mesh=str(mesh),
         compile=choice.mode,
+        deterministic=deterministic,
     )
-    need = state_bytes(local_parameters, fastest, averages) + chosen * activation_bytes
+    need = state_bytes(local_parameters, fastest, averages) + chosen[fastest] * activation_bytes[fastest]
     return Measured(
         resolved=resolved, seconds=seconds, memory_bytes=need, free_bytes=free, compiled=f"{choice.mode} ({choice.reason})",
         compiled_seconds=None if choice.seconds is None else choice.seconds / processes,
@@ -308,4 +333,5 @@ def apply_resolved(resolved: Resolved) -> torch.device:
             "--fork RUN --out NEW --compile off"
         )
     torch.set_num_threads(parallel.threads(resolved))
+    set_deterministic(device, resolved.deterministic)
     return device

@@ -17,6 +17,7 @@ from harness.diffusion.plans import SamplerPlan
 from harness.diffusion.sampler_plan import AnyPlan, guided_evaluations, guided_rows
 from harness.engines.guidance import check_guidance
 from harness.engines.torch.compiling import check_available, compile_sampler
+from harness.engines.torch.halving import HalvedBatches, SharedProgress
 from harness.engines.torch.ode import solve
 from harness.engines.torch.resolve import autocast, set_arithmetic
 from harness.engines.torch.sampler import (
@@ -384,7 +385,7 @@ class TorchChain:
     """The networks of a system one after the other, then a decoder of latents. Implements `harness.engines.interfaces.Sampler`.
 
     An upsampler gets the images of the network before it as uint8, as if read from a file (guided-diffusion
-    scripts/super_res_sample.py).
+    scripts/super_res_sample.py). A batch for which a GPU's memory does not suffice is sampled in parts.
     """
 
     def __init__(
@@ -399,6 +400,7 @@ class TorchChain:
     ):
         self._stages, self._decode, self._fill = tuple(stages), decode, fill
         self._seed, self._rule, self._device = seed, uint8_rule, device
+        self._batches = HalvedBatches(device)
         self.evaluations: int | None = (
             None  # an adaptive stage is the only one: see `harness.systems.spec.System.check`
         )
@@ -414,9 +416,25 @@ class TorchChain:
         self, index: np.ndarray, labels: np.ndarray, rows: Sequence[int], count: int, advance: Callable[[], None]
     ) -> tuple[np.ndarray, list[np.ndarray]]:
         """See `harness.engines.interfaces.Sampler`."""
+        progress = SharedProgress(advance, sum(stage.rows for stage in self._stages), len(index))
+
+        def sample(part: slice) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+            wanted = min(max(count - part.start, 0), part.stop - part.start)
+            return self._sample(index[part], labels[part], rows, wanted, progress.of(part))
+
+        parts = self._batches.call(sample, len(index))
+        self.counts = np.concatenate([counts for _, _, counts in parts])
+        predicted = [np.concatenate(images) for images in zip(*(images for _, images, _ in parts), strict=True)]
+        return np.concatenate([images for images, _, _ in parts]), predicted
+
+    def _sample(
+        self, index: np.ndarray, labels: np.ndarray, rows: Sequence[int], count: int, advance: Callable[[], None]
+    ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
+        """(images, predicted images, evaluations of each image if the stage is adaptive) of images that fit in memory."""
         batch = len(index)  # without the images that fill up the batch, which are cut off again below
-        if self._fill is not None and batch < self._fill:
-            index, labels = (np.pad(each, (0, self._fill - batch), mode="edge") for each in (index, labels))
+        fill = min(self._fill or 0, self._batches.most or self._fill or 0)
+        if batch < fill:
+            index, labels = (np.pad(each, (0, fill - batch), mode="edge") for each in (index, labels))
         y = to_device(torch.from_numpy(labels), self._device)
         x: torch.Tensor | None = None
         predicted: list[np.ndarray] = []
@@ -432,9 +450,8 @@ class TorchChain:
             )  # (N, C, H, W)  # fmt: skip
             first += stage.rows
         assert x is not None  # there is at least one stage
-        if isinstance(stage, TorchOdeStage):
-            self.counts = stage.counts[:batch]
-        return self._to_images(x[:batch]), predicted
+        counts = stage.counts[:batch] if isinstance(stage, TorchOdeStage) else np.zeros(0, np.int64)
+        return self._to_images(x[:batch]), predicted, counts
 
     def _to_images(self, x: torch.Tensor) -> np.ndarray:
         """Images float32 (N, C, H, W), or latents, which are decoded, as uint8 (N, H, W, C)."""

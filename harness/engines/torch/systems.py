@@ -22,6 +22,14 @@ def resolve_device(device: str | None) -> DeviceInfo:
     return DeviceInfo(target, str(target), resolve.device_name(target) + threads)
 
 
+def faster_precision(device: DeviceInfo) -> str:
+    """See `harness.engines.interfaces.Backend`. Measured on a GPU, where the two are far apart; a CPU takes float32."""
+    target: torch.device = device.target
+    if target.type != "cuda":
+        return "float32"
+    return "bfloat16" if resolve.product_slowdown(target, "bfloat16") < 1 else "float32"
+
+
 def make_chain(
     loaded: LoadedSystem,
     decoder: Decoder | None,

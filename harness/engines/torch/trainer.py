@@ -23,7 +23,7 @@ from harness.engines.learning_rate import learning_rate
 from harness.engines.torch import parallel, process_group
 from harness.engines.torch.auxiliary import AuxiliaryHeads
 from harness.engines.torch.compiling import compile_network
-from harness.engines.torch.host_copies import host_copies, whole_arrays
+from harness.engines.torch.host_copies import host_copies, peak_bytes, whole_arrays
 from harness.engines.torch.loss_functions import Draws, LossFunction
 from harness.engines.torch.parallel import local_shard, shard_slice
 from harness.engines.torch.resolve import apply_resolved, autocast, set_arithmetic
@@ -111,6 +111,7 @@ class TorchEngine:
             self.loss_terms[self._auxiliary.wanted.name] = self._auxiliary.weight
         self._losses: list[HostCopy] = []  # (terms,) each, of the steps since the last pop_losses
         self._to_model_input, self._stream = data.to_model_input, EpochSampler(seed, data, recipe.flip)
+        self._step_bytes: int | None = None  # `peak_bytes` before the first copies of the state
         # On a CPU a thread would take its time from the step's own.
         self._ahead = ReadAhead(self._host_batch) if self._queues_copies else None
 
@@ -253,7 +254,9 @@ class TorchEngine:
             *((part, partial(self._head_tensors, part)) for part in (HEAD_PARTS if self._heads else ())),
         ]
         if copy:
-            return host_copies(parts, self.device)
+            if self._step_bytes is None:
+                self._step_bytes = peak_bytes(self.device)
+            return host_copies(parts, self.device, self._step_bytes)
         return [(part, partial(whole_arrays, tensors)) for part, tensors in parts]
 
     def _ema_state_dict(self) -> dict[str, Tensor]:
