@@ -25,6 +25,7 @@ from harness.autoencoders.files import (
     locate,
     open_autoencoder,
     record_name,
+    refuse_files,
     resolve,
     scale_and_shift,
 )
@@ -217,7 +218,7 @@ def load_autoencoder(
     """
     if isinstance(found := resolve(name), Tokenizer):
         if weights is not None or entry is not None:
-            raise UserError(f"decoder {name} is a package's and brings its own weights; leave out {flag}")
+            refuse_files(name, flag)
         return _load_tokenizer(found, device, batch)
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)

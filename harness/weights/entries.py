@@ -43,6 +43,7 @@ COUNTERS = frozenset(
 MAX_DEPTH = 8  # of dictionaries that are searched
 MAX_ENTRIES = 100  # of a file; a training keeps averages of a few decays
 MAX_SKIPPED = 2  # tensors that a list of averages may leave out because they are not trained, such as positions
+ITSELF = "the file itself"  # name of the entry "" in messages, and for --entry
 MAX_NAMED = 8  # entries that a message names, and names of one entry
 
 
@@ -112,7 +113,7 @@ def choose_entry(
     if not averages and (hidden := _unmatched(raw, holders) or unreadable):
         raise UserError(
             f"{path} holds a moving average, {hidden}, that cannot be read by name (its tensors are not those of "
-            f"{_quoted(raw)}); choose the weights without averaging with --entry {raw[0].name or 'NAME'}, or save the "
+            f"{_quoted(raw)}); choose the weights without averaging with --entry {raw[0].name or repr(ITSELF)}, or save the "
             "average as a state dict"
         )
     fitting = averages or raw
@@ -241,7 +242,10 @@ def _marked(holders: Sequence[_Holder], markings: Sequence[Marks]) -> list[Entry
         rank = (share, -min(len(prefix) for each, _, prefix in found if each == share))
         if rank > best or not chosen:
             best, chosen = rank, [(holder, prefix) for each, holder, prefix in found if each == share]
-    return [entry for holder, prefix in chosen for entry in _views(holder, prefix)]
+    views = []
+    for holder, prefix in chosen:
+        views += _views(holder, prefix, {other for same, other in chosen if same is holder and other})
+    return views
 
 
 def _prefixes(names: Mapping[str, Stored], marks: Marks) -> Iterator[tuple[float, str]]:
@@ -261,13 +265,11 @@ def _prefixes(names: Mapping[str, Stored], marks: Marks) -> Iterator[tuple[float
                 yield 1.0, prefix
 
 
-def _views(holder: _Holder, prefix: str) -> list[Entry]:
-    """The entries of a dictionary at one prefix. Names of averages beside the weights (model_ema.*) make two of it."""
-    averages = {
-        name.partition(".")[0]
-        for name, tensor in holder.named.items()
-        if "." in name and tensor.shape and is_average([name.partition(".")[0]])  # without a shape: a counter
-    }
+def _views(holder: _Holder, prefix: str, prefixes: Collection[str]) -> list[Entry]:
+    """The entries of a dictionary at one prefix. Names of averages beside the weights (model_ema.*) make more of it.
+
+    prefixes: all under which the network is in this dictionary; each of them has entries of its own.
+    """
     components = (*holder.keys, *prefix.split(".")[:-1])
     if prefix:
         tensors = {name.removeprefix(prefix): t for name, t in holder.named.items() if name.startswith(prefix)}
@@ -283,12 +285,39 @@ def _views(holder: _Holder, prefix: str) -> list[Entry]:
         name=".".join(components), tensors=holder.named, averaged=_is_averaged(holder), keys=holder.keys,
         notes=holder.notes, duplicate=holder.duplicate, beside=holder.beside,
     )  # fmt: skip
-    if not averages or whole.averaged:
+    groups: dict[str, dict[str, Stored]] = {}  # the tensors under the first components of names that are averages
+    for name, tensor in holder.named.items():
+        group, _, rest = name.partition(".")
+        if rest and is_average([group]):
+            groups.setdefault(group, {})[rest] = tensor
+    # a group of counters alone is none
+    groups = {group: named for group, named in groups.items() if any(tensor.shape for tensor in named.values())}
+    if not groups or whole.averaged:
         return [whole]
-    # Such averages have the names of a layout (LDM's), which takes them from the whole dictionary.
-    raw = {name: t for name, t in holder.named.items() if name.partition(".")[0] not in averages}
-    group = ".".join((*components, sorted(averages)[0]))
-    return [replace(whole, name=group, averaged=True), replace(whole, tensors=raw, is_whole=False)]
+    raw = replace(
+        whole,
+        tensors={name: tensor for name, tensor in holder.named.items() if name.partition(".")[0] not in groups},
+        is_whole=False,
+    )
+    elsewhere = groups.keys() & {each.partition(".")[0] for each in prefixes}
+    groups = {group: named for group, named in groups.items() if group not in elsewhere}
+    matched = {group: found for group, named in sorted(groups.items()) if (found := _by_name(raw, named))}
+    if groups and not matched and not elsewhere:
+        # Such averages have the names of a layout (LDM's), which takes them from the whole dictionary.
+        return [replace(whole, name=".".join((*components, min(groups))), averaged=True), raw]
+    averages = [
+        replace(
+            raw, name=".".join((*components, group)), tensors=tensors, averaged=True,
+            notes=(*whole.notes, _matching_note(raw, "by their names")),
+        )
+        for group, tensors in matched.items()
+    ]  # fmt: skip
+    return [*averages, raw]
+
+
+def _matching_note(raw: Entry, how: str) -> str:
+    """The note of an average that has the names of `raw`."""
+    return f"its tensors are matched with those of {raw.name or ITSELF!r} {how}"
 
 
 def _is_averaged(holder: _Holder) -> bool:
@@ -326,7 +355,7 @@ def _averages_of(entries: Sequence[Entry], holders: Sequence[_Holder]) -> list[E
                 found.append(
                     Entry(
                         name=".".join(source.keys), tensors=tensors, averaged=True, keys=source.keys, is_whole=False,
-                        notes=(*raw.notes, f"its tensors are matched with those of {raw.name or 'the file'!r} {how}"),
+                        notes=(*raw.notes, _matching_note(raw, how)),
                     )
                 )  # fmt: skip
                 break
@@ -442,7 +471,7 @@ def _completed(average: Entry, entries: Sequence[Entry]) -> Entry:
         is_whole=False,
         notes=(
             *average.notes,
-            f"not in the average, and taken from {raw.name or 'the file'!r}: {', '.join(missing[:MAX_NAMED])}{more}",
+            f"not in the average, and taken from {raw.name or ITSELF!r}: {', '.join(missing[:MAX_NAMED])}{more}",
         ),
     )
 
@@ -452,7 +481,7 @@ def _completed(average: Entry, entries: Sequence[Entry]) -> Entry:
 
 def _named(wanted: str, entries: Sequence[Entry], path: Path) -> Entry:
     """The entry of that name, or the only one below it; UserError, with all names, if there is none."""
-    exact = [entry for entry in entries if entry.name == wanted]
+    exact = [entry for entry in entries if (entry.name or ITSELF) == wanted]
     fitting = exact or _distinct([entry for entry in entries if entry.name.startswith(f"{wanted}.")])
     if len(fitting) != 1:
         what = "no entry" if not fitting else "several entries below"
@@ -475,6 +504,6 @@ def _place(tensor: Stored) -> tuple[object, ...]:
 
 def _quoted(entries: Sequence[Entry]) -> str:
     """The names of entries, for a message."""
-    names = [entry.name or "(the file itself)" for entry in entries]
+    names = [entry.name or ITSELF for entry in entries]
     more = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
     return ", ".join(names[:MAX_NAMED]) + more

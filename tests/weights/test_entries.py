@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.cli.weights import command
 from harness.errors import UserError
+from harness.weights.entries import ITSELF
 from harness.weights.files import open_weights
 from harness.weights.load import load_into
 from harness.weights.transfer import export_file, import_file, inspect_file
@@ -138,6 +139,21 @@ LAYOUTS = {  # what public code saves -> (raw, average) as a file, and the entry
         },
         "callbacks.EMA{'decay': 0.99}.ema_state_dict.net",
     ),
+    # averages beside names without a prefix: LitEma of a module that is the network, and a module that is and averages it
+    "LitEma beside plain names": (
+        lambda r, a: {"state_dict": {**r, **without_dots(a, "model_ema."), "model_ema.decay": torch.tensor(0.99)}},
+        "state_dict.model_ema",
+    ),
+    "flat LitEma": (lambda r, a: {**r, **without_dots(a, "model_ema.")}, "model_ema"),
+    "ema. beside plain names": (lambda r, a: {"state_dict": {**r, **prefixed("ema.", a)}}, "state_dict.ema"),
+    "ema_model.module. beside plain names": (
+        lambda r, a: {**r, **prefixed("ema_model.module.", a)},
+        "ema_model.module",
+    ),
+    "two groups": (
+        lambda r, a: {**r, **prefixed("ema.", a), "teacher_ema.stranger": torch.ones(2)},
+        "ema",
+    ),
     # one flat dictionary, as a safetensors file must be
     "flat": (lambda r, a: {**prefixed("model.", r), **prefixed("ema.", a)}, "ema"),
     "flat and wrapped": (
@@ -163,8 +179,8 @@ def test_the_moving_average_is_read_wherever_it_is(name, state, average, spec, t
     document = inspect_file(path)
     assert document["fits"] and document["entry"] == entry and document["other_entries"]
     raw = inspect_file(path, entry=document["other_entries"][0])
-    assert raw["fits"] and raw["entry"] == document["other_entries"][0]
-    load_into(net, path, spec, entry=raw["entry"])
+    assert raw["fits"] and (raw["entry"] or ITSELF) == document["other_entries"][0]
+    load_into(net, path, spec, entry=document["other_entries"][0])
     same(net.state_dict(), state)
 
 
