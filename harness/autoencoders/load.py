@@ -117,7 +117,10 @@ class Decoder:
         with torch.inference_mode(), exact_float32(device.type):
             for part in z.split(self.batch) if len(z) else ():  # split gives one part of 0 latents for an empty z
                 latent = part.to(device, torch.float32) / self.scale_factor + self.shift_factor  # (n, C, h, w)
-                x = _decode(self.kind, self.net, latent)  # (n, image channels, H, W)
+                if self.kind == "tokenizer":
+                    x = self._checked_images(latent)
+                else:
+                    x = _decode(self.kind, self.net, latent)  # (n, image channels, H, W)
                 finite = torch.isfinite(x).flatten(1).all(dim=1)  # (n,)
                 if not finite.all():
                     at = sum(map(len, images)) + int(finite.int().argmin())  # index of the first one
@@ -158,14 +161,18 @@ class Decoder:
         """(mean, standard deviation) of a package's encoder, (n, C, h, w) each; UserError for anything else."""
         import torch
 
-        out = _autoencoder(self.net).encode(x)
+        out = _call_package(self.name, self.net, "encode", x)
         mean, std = out if isinstance(out, tuple) and len(out) == 2 else (out, None)
         shape = (len(x), self.channels, x.shape[2] // self.factor, x.shape[3] // self.factor)
-        for value in (mean,) if std is None else (mean, std):
-            if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
-                came = tuple(value.shape) if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-                raise UserError(f"autoencoder {self.name}: expected latents {shape} from encode, came {came}")
-        return mean.float(), torch.zeros_like(mean, dtype=torch.float32) if std is None else std.float()
+        mean = _checked(self.name, "encode", mean, shape)
+        std = torch.zeros_like(mean) if std is None else _checked(self.name, "encode", std, shape)
+        return mean, std
+
+    def _checked_images(self, z: torch.Tensor) -> torch.Tensor:
+        """The images of a package's decoder, (n, image channels, H, W); UserError for anything else."""
+        out = _call_package(self.name, self.net, "decode", z)
+        shape = (len(z), self.image_channels, z.shape[2] * self.factor, z.shape[3] * self.factor)
+        return _checked(self.name, "decode", out, shape)
 
     def check_round_trip(self, images: np.ndarray) -> None:
         """Encode and decode images, uint8 (n, H, W, C), by a package's autoencoder; nothing for other kinds.
@@ -180,8 +187,6 @@ class Decoder:
         x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
         mean, std = self.posterior(x.contiguous()).unbind(1)
         back = self.decode(mean).cpu()
-        if back.shape != x.shape:
-            raise UserError(f"autoencoder {self.name}: images {tuple(x.shape)} come back as {tuple(back.shape)}")
         error = float((back - x).square().mean().sqrt())
         limit = registry.autoencoders.get(self.name).round_trip
         if error > limit:
@@ -307,12 +312,41 @@ def _build_tokenizer(tokenizer: Tokenizer) -> nn.Module:
     except (UserError, RunError, MemoryError):
         raise
     except Exception as error:  # other people's code can raise anything
-        raise UserError(f"autoencoder {tokenizer.name!r}: its builder failed: {one_line(error)}") from error
+        raise UserError(f"{_named(tokenizer.name)}: its builder failed: {one_line(error)}") from error
     if not isinstance(net, torch.nn.Module):
-        raise UserError(
-            f"autoencoder {tokenizer.name!r}: its builder gave a {type(net).__name__}, not a torch.nn.Module"
-        )
+        raise UserError(f"{_named(tokenizer.name)}: its builder gave a {type(net).__name__}, not a torch.nn.Module")
     return net.eval().requires_grad_(False)
+
+
+def _named(name: str) -> str:
+    """A package's autoencoder with its distribution, for messages."""
+    return f"autoencoder {name!r} of {registry.autoencoders.owner(name)}"
+
+
+def _call_package(name: str, net: nn.Module, function: str, x: torch.Tensor) -> Any:
+    """What `function` ("encode" or "decode") of a package's network returns for x.
+
+    Raises UserError in one line, with the distribution and the function, for every error of its code.
+    """
+    import torch
+
+    try:
+        return getattr(net, function)(x)
+    except (UserError, RunError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # other people's code can raise anything
+        raise UserError(f"{_named(name)}: its {function} failed: {one_line(error)}") from error
+
+
+def _checked(name: str, function: str, value: object, shape: tuple[int, ...]) -> torch.Tensor:
+    """`value`, which `function` of a package returned, in float32; UserError unless it is floats of this shape."""
+    import torch
+
+    if not isinstance(value, torch.Tensor) or tuple(value.shape) != shape or not value.is_floating_point():
+        came = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        what = "latents" if function == "encode" else "images"
+        raise UserError(f"{_named(name)}: expected {what} {shape} of floats from {function}, came {came}")
+    return value.float()
 
 
 def tokenizer_compute(tokenizer: Tokenizer, *, image_size: int = 256, direction: str = "decode") -> Compute:
@@ -323,9 +357,9 @@ def tokenizer_compute(tokenizer: Tokenizer, *, image_size: int = 256, direction:
     side, channels = image_size, tokenizer.image_channels
     if direction == "decode":
         side, channels = image_size // tokenizer.factor, tokenizer.channels
-    net = _build_tokenizer(tokenizer).to("meta")
-    method = _autoencoder(net).decode if direction == "decode" else _autoencoder(net).encode
-    return _count(tokenizer.name, net, lambda: method(torch.zeros(1, channels, side, side, device="meta")))
+    net, name = _build_tokenizer(tokenizer).to("meta"), tokenizer.name
+    x = torch.zeros(1, channels, side, side, device="meta")
+    return _count(name, net, lambda: _call_package(name, net, direction, x))
 
 
 def _device_of(net: nn.Module) -> torch.device:
