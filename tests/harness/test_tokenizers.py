@@ -88,9 +88,9 @@ def test_what_fails_in_it_is_one_line(tokenizer, tmp_path):
             decoder.compute(8, direction)
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1)).astype(np.uint8)
     np.savez(tmp_path / "images.npz", arr_0=images, arr_1=np.arange(4))
-    words = ("data", "latents", tmp_path / "images.npz", "--vae", "halves", "--device", "cpu", "--out", tmp_path / "out")
+    words = ("data", "latents", tmp_path / "images.npz", "--vae", "halves", "--device", "cpu", "--out", tmp_path / "o")
     refused = CliRunner().invoke(group, [str(word) for word in words])
-    assert isinstance(refused.exception, UserError) and not (tmp_path / "out").exists()
+    assert isinstance(refused.exception, UserError) and not (tmp_path / "o").exists()
 
 
 @pytest.mark.parametrize("tokenizer", [Halves], indirect=True)
