@@ -14,8 +14,9 @@ import torch
 
 from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
 from harness.autoencoders import load as load_module
-from harness.autoencoders.files import open_autoencoder
-from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, read_identity, resolve
+from harness.autoencoders.decoder import Decoder
+from harness.autoencoders.files import open_autoencoder, resolve
+from harness.autoencoders.load import decoder_compute, load_autoencoder, read_identity
 from harness.errors import RunError, UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -514,4 +515,4 @@ def test_naming_a_decoder_imports_no_framework():
     code = "import sys, harness.autoencoders.load as d; d.decoder_compute('ft-ema'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {"torch", "diffusers", "jax", "huggingface_hub"} & set(done.stdout.split())
-    assert Decoder.__module__ == "harness.autoencoders.load"
+    assert Decoder.__module__ == "harness.autoencoders.decoder"
