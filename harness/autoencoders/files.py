@@ -14,9 +14,9 @@ from harness.autoencoders.tokenizer import Tokenizer
 from harness.errors import UserError
 from harness.io import files
 from harness.registry import unknown
-from harness.weights.entries import is_average
 from harness.weights.files import WeightFile, open_weights
 from harness.weights.folders import known_file
+from harness.weights.holders import is_average
 
 DIFFUSERS_FILE = re.compile(
     r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)(\.index(\.[A-Za-z0-9_]+)?\.json)?"

@@ -14,8 +14,9 @@ from harness.errors import UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.weights.containers import escaped, open_file
-from harness.weights.entries import ITSELF, Entry, Marks, choose_entry, escaped_key
+from harness.weights.entries import ITSELF, Entry, Marks, choose_entry
 from harness.weights.folders import find_file, is_index, open_parts, refuse_single_part
+from harness.weights.holders import escaped_key
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored
 
