@@ -1,4 +1,4 @@
-"""What tests say of state dicts."""
+"""Comparison of state dicts."""
 
 import torch
 
