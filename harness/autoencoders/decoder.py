@@ -24,10 +24,11 @@ BATCH = 8  # batch size on an accelerator; a CPU is as fast with 1
 class Decoder(ABC):
     """A loaded autoencoder, float32, without gradients.
 
-    name: in records. kind: "kl" (diffusers' AutoencoderKL), "vq" (with a codebook) or "tokenizer" (of a package). scale_factor, shift_factor: a
-    sampler's latents are (z - shift) x scale of the autoencoder's z. channels: of a latent. factor: pixels per latent
-    cell, along a side. sha256: of the weight file. config: arguments of the network. source: file, or repository and
-    revision. notes: what was left out or assumed when it was loaded. batch: batch size of `decode` and `posterior`.
+    name: in records. kind: "kl" (diffusers' AutoencoderKL), "vq" (with a codebook) or "tokenizer" (of a package).
+    scale_factor, shift_factor: a sampler's latents are (z - shift) x scale of the autoencoder's z. channels: of a latent.
+    factor: pixels per latent cell, along a side. sha256: of the weights. config: arguments of the network. source: file, or
+    repository and revision. notes: what was left out or assumed when it was loaded. batch: batch size of `decode` and
+    `posterior`.
     """
 
     name: str
