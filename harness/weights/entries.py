@@ -169,9 +169,11 @@ def _views(holder: Holder, prefix: str, prefixes: Collection[str]) -> list[Entry
     )
     elsewhere = groups.keys() & {each.partition(".")[0] for each in prefixes}
     groups = {group: named for group, named in groups.items() if group not in elsewhere}
-    matched = {
-        group: found for group, named in sorted(groups.items()) if (found := by_name(raw.tensors, raw.prefix, named))
-    }
+    matched = {}
+    for group, named in sorted(groups.items()):
+        large = 2 * len(named) >= len(raw.tensors)  # as `by_name` asks for; there may be very many small groups
+        if large and (found := by_name(raw.tensors, raw.prefix, named)):
+            matched[group] = found
     if groups and not matched and not elsewhere:
         # Such averages have the names of a layout (LDM's), which takes them from the whole dictionary.
         return [replace(whole, name=".".join((*components, min(groups))), averaged=True), raw]
