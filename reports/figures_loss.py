@@ -14,7 +14,8 @@ from harness.engines.loss_terms import LOSS_TERMS
 from reports.charts import Axis, Figure, Mark, Panel, Series, model_of
 from reports.points import MAX_LINES
 from reports.render import one_line
-from results.records import Record, canonical_json
+from results.checked_fields import canonical_json
+from results.records import Record
 
 MAX_RUNS = 200  # the most runs whose logs are read
 PLACES = 200  # points of a curve

@@ -15,7 +15,8 @@ from reports.charts import Figure, Grid, model_of
 from reports.figures_study import DIT
 from reports.render import one_line
 from reports.texts import count_text
-from results.records import Record, canonical_json
+from results.checked_fields import canonical_json
+from results.records import Record
 
 COLUMNS = 10  # samples per model
 MAX_ROWS = 16  # models per grid

@@ -8,8 +8,9 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from results.checked_fields import field_types
 from results.metrics import higher_is_better
-from results.records import Environment, Evaluation, Record, Sampling, Source, Training, field_types
+from results.records import Environment, Evaluation, Record, Sampling, Source, Training
 from results.store import find_record_files, load
 
 if TYPE_CHECKING:

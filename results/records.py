@@ -11,69 +11,28 @@ import functools
 import hashlib
 import json
 import marshal
-import math
-import numbers
 import re
-import types
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
+from results.checked_fields import BrokenRecord, CheckedFields, canonical_json, field_types, required_fields, to_dict
 
 SCHEMA_VERSION = 1
-INTEGERS = 1 << 1000  # beyond all integers of a record, and within the range of floats, as which tables print them
 ComparableKey = tuple[str, int, int, str | None, str | None, str | None, str | None]  # see `comparable_key`
 PROVENANCES = ("measured", "published")
 
-_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 _METRIC_KEY = re.compile(r"[a-z][a-z0-9_]*")
 _NOT_IDENTITY = ("value", "low", "high", "interval", "higher_is_better", "environment", "schema")
-
-
-class BrokenRecord(UserError):
-    """A line or object that is not a record; the message names the field that is missing, unknown, mistyped or out of range."""
 
 
 class NewerSchema(UserError):
     """A record written under a later schema than this version of the harness knows."""
 
 
-class _Checked:
-    """Base of the record classes: checks and converts the fields at construction, by their annotations.
-
-    Numpy scalars become Python numbers, and integers in float fields become floats.
-    """
-
-    def __post_init__(self) -> None:
-        cls: type = type(self)
-        hints, optional = field_types(cls), _optional(cls)
-        for name, value in tuple(vars(self).items()):
-            if value is None and name in optional:
-                continue
-            hint = hints[name]
-            # Two shortcuts for values that _coerce would return as they are. 0.0 takes the long way, because it may be
-            # -0.0, which becomes 0.0.
-            if type(value) is hint and hint in _UNCHECKED and not (isinstance(value, int) and abs(value) >= INTEGERS):
-                continue
-            if hint is float and type(value) is float and value and math.isfinite(value):
-                continue
-            try:
-                checked = _coerce(value, hint)
-            except (TypeError, ValueError, OverflowError) as error:
-                raise BrokenRecord(f"record field {cls.__name__}.{name}: {error}") from None
-            if checked is not value:
-                object.__setattr__(self, name, checked)
-
-    @functools.cached_property
-    def canonical(self) -> str:
-        """Canonical JSON without the fields that are None: equal content gives equal text."""
-        return canonical_json(_to_dict(self))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Training(_Checked):
+class Training(CheckedFields):
     """How the weights were trained. None: not known, never "zero"."""
 
     steps: int | None = None  # optimizer steps
@@ -109,7 +68,7 @@ class Training(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(_Checked):
+class Sampling(CheckedFields):
     """How the images were sampled."""
 
     sampler: str | None = None  # "ddpm", "ddim", ...
@@ -165,7 +124,7 @@ class Sampling(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Evaluation(_Checked):
+class Evaluation(CheckedFields):
     """The suite that measured, its features and its reference."""
 
     suite: str
@@ -179,7 +138,7 @@ class Evaluation(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Environment(_Checked):
+class Environment(CheckedFields):
     """Where and when it was measured, and how long it took. Description, not identity.
 
     device: of the evaluation. Seconds are stated only where the same devices did all of the work; several devices are
@@ -200,7 +159,7 @@ class Environment(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Source(_Checked):
+class Source(CheckedFields):
     """Where a published number is printed."""
 
     table: str  # "Table 2", "Section 5.2"
@@ -209,7 +168,7 @@ class Source(_Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Record(_Checked):
+class Record(CheckedFields):
     """One measurement. None means "not known"; published records leave out what their source does not state.
 
     Raises BrokenRecord (a ValueError) that names the field: for a wrong type, NaN or infinity, or a value out of range.
@@ -316,7 +275,6 @@ _DEFAULTS = {  # of all fields of a record; None for required ones, which have n
     field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(Record)
 }
 _PARTS = frozenset((Training, Sampling, Evaluation, Environment, Source))
-_UNCHECKED = frozenset((str, int, bool)) | _PARTS  # types whose instances _coerce returns as they are
 # The functions by which canonical_json writes these types; called directly, they are faster.
 _WRITERS: dict[type, Callable[[Any], str]] = {
     str: json.encoder.encode_basestring_ascii,
@@ -338,7 +296,7 @@ def to_json(record: Record) -> str:
 
     With its `id`, and with `interval_check`, by which an edit of what the id does not cover is detected.
     """
-    return canonical_json({**_to_dict(record), "id": record.id, "interval_check": record.interval_check})
+    return canonical_json({**to_dict(record), "id": record.id, "interval_check": record.interval_check})
 
 
 def from_json(text: str) -> Record:
@@ -385,81 +343,9 @@ def comparable_key(record: Record) -> ComparableKey:
     return (record.dataset, record.resolution, record.n, *suite)
 
 
-def canonical_json(value: object) -> str:
-    """JSON in ASCII with sorted keys and no spaces: equal values give equal text. ValueError for NaN and infinity."""
-    return _ENCODER.encode(value)
-
-
 def _canonical_part(value: object) -> str:
     """`canonical_json` of a field's value; a part of a record has its text cached."""
-    return value.canonical if isinstance(value, _Checked) else canonical_json(value)
-
-
-@functools.cache
-def field_types(cls: type) -> dict[str, type]:
-    """The type of each field of a record class, without "or None" and type arguments: Mapping for Mapping[str, str]."""
-    hints = {}
-    for name, hint in typing.get_type_hints(cls).items():
-        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        (kind,) = (option for option in options if option is not types.NoneType)
-        hints[name] = typing.get_origin(kind) or kind
-    return hints
-
-
-@functools.cache
-def _optional(cls: type) -> frozenset[str]:
-    """The names of the fields of a record class that may be None."""
-    hints = typing.get_type_hints(cls)
-    return frozenset(name for name, hint in hints.items() if types.NoneType in typing.get_args(hint))
-
-
-@functools.cache
-def _required(cls: type) -> frozenset[str]:
-    """The names of the fields of a record class that have no default."""
-    absent = dataclasses.MISSING
-    fields = dataclasses.fields(cls)
-    return frozenset(field.name for field in fields if field.default is absent and field.default_factory is absent)
-
-
-def _coerce(value: object, kind: type) -> Any:
-    """`value` converted to `kind`; numpy scalars become Python numbers.
-
-    Raises TypeError, ValueError or OverflowError with a message that quotes the value.
-    """
-    if kind is float:
-        if type(value) is not float:
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{value!r} is not a number")
-            value = float(value)
-        if not math.isfinite(value):
-            raise ValueError(f"{value} is not finite")
-        return value if value else 0.0  # -0.0 and 0.0 are one value and must have one id
-    if kind is int:
-        if type(value) is not int:
-            if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-                raise TypeError(f"{value!r} is not an integer")
-            value = int(value)
-        if abs(value) >= INTEGERS:
-            raise ValueError("an integer beyond the range of floats")
-        return value
-    if kind is Mapping:
-        if not isinstance(value, Mapping) or not all(type(x) is str for pair in value.items() for x in pair):
-            raise TypeError(f"{value!r} is not a mapping of texts to texts")
-        return dict(sorted(value.items()))
-    if not isinstance(value, kind):
-        raise TypeError(f"{value!r} is not a {kind.__name__}")
-    return value
-
-
-def _to_dict(node: _Checked) -> dict[str, Any]:
-    """The fields of a record or part that are not None, as a dict; parts as dicts too."""
-    cls: type = type(node)
-    hints = field_types(cls)
-    return {
-        name: _to_dict(value) if isinstance(value, _Checked) else value
-        for name, value in vars(node).items()
-        if value is not None and name in hints  # vars also holds what is cached: hashes and JSON
-    }
+    return value.canonical if isinstance(value, CheckedFields) else canonical_json(value)
 
 
 def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
@@ -474,7 +360,7 @@ def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
             if not isinstance(value, dict):
                 raise BrokenRecord(f"record field {cls.__name__}.{name}: {value!r} is not an object")
             fields[name] = _shared_part(hints[name], value)
-    if missing := _required(cls) - fields.keys():
+    if missing := required_fields(cls) - fields.keys():
         raise BrokenRecord(f"record field {cls.__name__}.{min(missing)}: missing")
     if cls is not Record:
         return cls(**fields)
@@ -497,11 +383,11 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
-_SHARED: dict[tuple[type, bytes], _Checked] = {}  # the cache of `_shared_part`
+_SHARED: dict[tuple[type, bytes], CheckedFields] = {}  # the cache of `_shared_part`
 _MAX_SHARED = 4096
 
 
-def _shared_part(cls: type, fields: dict[str, Any]) -> _Checked:
+def _shared_part(cls: type, fields: dict[str, Any]) -> CheckedFields:
     """As `_from_dict`, for a part of a record: equal content gives the same object, because most records share their parts."""
     # The bytes of marshal tell 1, 1.0 and True apart, as a key made of the values would not. In its version 2 they depend
     # on the content alone, in later ones also on which objects are shared.

@@ -13,8 +13,9 @@ from pathlib import Path
 from harness.errors import UserError, shown
 from harness.io import files
 from harness.io.text import check_plain
+from results.checked_fields import BrokenRecord
 from results.lines import LineReader
-from results.records import BrokenRecord, NewerSchema, Record, to_json
+from results.records import NewerSchema, Record, to_json
 
 RECORDS_FILE = "records.jsonl"
 LONGEST = 1 << 32  # bytes of a record file, which is read as a whole

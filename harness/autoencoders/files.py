@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from backbones.autoencoders.spec import FIRST_STAGE, KNOWN, WEIGHTS, Known
 from harness import registry
@@ -16,6 +16,7 @@ from harness.io import files
 from harness.registry import unknown
 from harness.weights.files import WeightFile, open_weights
 from harness.weights.folders import known_file
+from harness.weights.holders import is_average
 
 DIFFUSERS_FILE = re.compile(
     r"diffusion_pytorch_model(\.[A-Za-z0-9_]+)?\.(safetensors|bin)(\.index(\.[A-Za-z0-9_]+)?\.json)?"
@@ -165,11 +166,31 @@ def open_autoencoder(file: Path, entry: str | None = None) -> WeightFile:
     """The weights of an autoencoder in `file`, or the whole checkpoint of an LDM. entry: as for `open_weights`."""
     try:
         weights = open_weights(file, entry=entry)
-        if any(name.startswith(("decoder.", FIRST_STAGE)) for name in weights.tensors):
+        if any(name.startswith(FIRST_STAGE) for name in weights.tensors):
+            return weights
+        beside_averages = any(is_average([name.partition(".")[0]]) for name in weights.tensors)
+        if any(name.startswith("decoder.") for name in weights.tensors) and not beside_averages:
             return weights
     except UserError:  # several dictionaries may fit, of which only one is an autoencoder
         pass
     return open_weights(file, entry=entry, markings=[MARKS])
+
+
+def check_weights(name: str, flag: str, entry: str | None = None) -> None:
+    """Raise UserError where the weight file of the autoencoder `name`, a path, cannot be read at `entry`.
+
+    Reads names and shapes alone. A known autoencoder's files are not looked for. flag: the option that messages recommend.
+    """
+    found = resolve(name)
+    if isinstance(found, Path):
+        open_autoencoder(locate(found, flag)[1], entry)
+    elif isinstance(found, Tokenizer) and entry is not None:
+        refuse_files(name, flag)
+
+
+def refuse_files(name: str, flag: str) -> NoReturn:
+    """Raise UserError for files that are given to a package's autoencoder."""
+    raise UserError(f"decoder {name} is a package's and brings its own weights; leave out {flag}")
 
 
 def scale_and_shift(config: Mapping[str, Any]) -> tuple[float, float]:

@@ -13,7 +13,6 @@ import click
 from harness.cli.flags_from_settings import json_option, settings_options
 from harness.errors import UserError
 from harness.planning.matching import budget_table, checked_steps, request_from
-from harness.planning.plan import make_plan
 from harness.planning.plan_text import costs_text, error_text, gflops_text, headline, measured_text, one_is_too_much
 from harness.protocols import get_protocol, override
 from harness.settings import DEFAULT_PROTOCOL, PlanOptions, settings_of
@@ -27,8 +26,8 @@ TABLE_SETTINGS = {"protocol", "match", "budget", "set"}  # the settings that the
 def command(as_json: bool, **settings: Any) -> None:
     """Say what a run would cost (compute and disk; with --measure memory, and hours at the speed here), and write nothing.
 
-    What would stop the run (data or an autoencoder that is missing on this machine) gets a line that begins with
-    "missing", and is in --json's "missing"; the plan is made all the same, with exit code 0. Only what cannot be planned
+    What would stop the run (data or an autoencoder that is missing on this machine, a weight file that needs an --entry)
+    gets a line that begins with "missing", and is in --json's "missing"; the plan is made all the same, with exit code 0. Only what cannot be planned
     (an unknown name, a flag that makes no sense here) is refused, with exit code 2.
 
     With --measure the network is built and a few training steps are timed, which takes a minute or two for the largest.
@@ -43,10 +42,10 @@ def command(as_json: bool, **settings: Any) -> None:
     if options.backbone is None:
         _show_table(options, as_json)
         return
-    from harness.pipeline.plan import with_measurement
+    from harness.pipeline.plan import plan_with_files, with_measurement
 
     request = request_from(options)
-    plan = make_plan(request, check_files=True)
+    plan = plan_with_files(request, options)
     if not as_json:  # before the measurement, which takes its time
         click.echo(headline(request, by_default=options.protocol is None))
         click.echo(costs_text(plan))

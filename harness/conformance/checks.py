@@ -6,70 +6,22 @@ where the network is wrong.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from harness.compute.custom import Blind
-from harness.conformance.network import Failure, Inputs, Network, Output, make_inputs, move_weights
+from harness.conformance.compute_checks import closed_form, compute
+from harness.conformance.network import Failure, Output, move_weights
+from harness.conformance.subject import IMAGES, Finding, Subject
 from harness.errors import RunError, UserError, one_line, shown
-from harness.spec import BackboneSpec, Compute
 
-IMAGES = 3  # in a batch
 MANY_IMAGES = 16
 FEW_CLASSES = 4  # that the null label is told apart from, beside the last one
 SAME_IMAGE = 1e-4  # relative difference between an image alone and in a batch: the order of sums may differ
 MATTERS = 1e-6  # relative change of the output from which on an input counts as used
 FROZEN = 0.1  # largest share of the numbers in parameters that may be fixed
-NOTABLE = 0.01  # share of a network's flops from which on sums that are not counted are worth a remark
-SAME_OPERATION = 1e-3  # relative difference of a custom operation from its composed version
 BFLOAT16 = 0.1  # relative difference of a pass in bfloat16, root mean square
-
-
-class Finding(NamedTuple):
-    """The result of one check."""
-
-    status: str  # "ok", "note" (it works, with a limitation) or "failed"
-    framework: str
-    check: str
-    message: str = ""
-
-
-@dataclass
-class Subject:
-    """The backbone under test in one framework: its spec, its builder's arguments and how to make a network."""
-
-    spec: BackboneSpec
-    framework: str
-    arguments: dict[str, Any]  # all of them
-    make: Callable[[BackboneSpec, dict[str, Any], int], Network]  # of (spec, arguments, seed)
-
-    @functools.cached_property
-    def moved(self) -> Network:
-        """The network with moved weights: built once, and never changed after."""
-        network = self.build()
-        move_weights(network)
-        return network
-
-    def build(self, seed: int = 0, **changes: Any) -> Network:
-        """A new network. `changes` replace arguments."""
-        return self.make(self.spec, {**self.arguments, **changes}, seed)
-
-    def inputs(self, images: int = IMAGES, **changes: Any) -> Inputs:
-        """Random inputs for the network, with `changes` of its arguments."""
-        return make_inputs(self.spec, {**self.arguments, **changes}, images)
-
-    def output_shape(self, images: int = IMAGES, **changes: Any) -> tuple[int, ...] | None:
-        """What the network must give; None: not known (a generator)."""
-        arguments = {**self.arguments, **changes}
-        if self.spec.kind == "classifier":
-            return images, arguments["num_classes"]
-        if self.spec.kind == "generator":
-            return None
-        return images, arguments["out_channels"], arguments["input_size"], arguments["input_size"]
 
 
 def _difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -322,113 +274,6 @@ def bfloat16(subject: Subject) -> str | None:
     if not np.isfinite(out).all() or error_size > BFLOAT16:
         return f"is inexact in bfloat16: the output differs by {error_size:.2g} of its standard deviation; train it in float32"
     return None
-
-
-def compute(subject: Subject) -> str | None:
-    """Every operation is counted, and what the package states, its closed form and its declarations, is what there is."""
-    if subject.framework == "torch":
-        from harness.compute.trace_torch import trace_and_doubt
-    else:
-        from harness.compute.trace_jax import trace_and_doubt
-    traced, blind = trace_and_doubt(subject.spec, **subject.arguments)
-    closed_form(subject, traced)
-    _check_declarations(blind)
-    remarks = []
-    if subject.spec.closed_form is None:
-        remarks.append(f"the compute is traced: {traced.gflops:.4g} Gflops, {traced.params:,} parameters")
-    if subject.framework == "torch":
-        _check_on_device(subject, traced)
-        if (remark := _compare_training(subject, traced)) is not None:
-            remarks.append(remark)
-    if blind.silent:
-        remarks.append(
-            f"autograd.Function {', '.join(dict.fromkeys(blind.silent))} counts nothing, because nothing is computed in it on "
-            "the meta device; declare its compute with harness.compute.register_flops"
-        )
-    summed = sum(blind.summed.values())
-    if summed > NOTABLE * (traced.flops + summed):
-        path = max(blind.summed, key=lambda name: blind.summed[name])
-        remarks.append(
-            f"element-wise products that are summed, {summed:,} multiply-adds beside {traced.flops:,} flops, are not counted, "
-            f"such as in module {path or 'at the top'!r}; write them as a product (einsum, matmul), or declare them with "
-            "harness.compute.register_flops"
-        )
-    return "; ".join(remarks) or None
-
-
-def closed_form(subject: Subject, traced: Compute | None = None) -> None:
-    """The closed form states the flops and the parameters that the network has. traced: if they were counted before."""
-    if subject.spec.closed_form is None:
-        return
-    if traced is None:
-        if subject.framework == "torch":
-            from harness.compute.trace_torch import trace
-        else:
-            from harness.compute.trace_jax import trace
-        traced = trace(subject.spec, **subject.arguments)
-    stated = subject.spec.count(**subject.arguments)
-    if (stated.flops, stated.params) != (traced.flops, traced.params):
-        raise Failure(
-            f"expected {traced.flops:,} flops and {traced.params:,} parameters, as traced from the network, came "
-            f"{stated.flops:,} and {stated.params:,} from closed_form of the spec"
-        )
-
-
-def _compare_training(subject: Subject, traced: Compute) -> str | None:
-    """The compute of training mode, stated or not, against the torch network. traced: in evaluation mode."""
-    from harness.compute.trace_torch import trace
-
-    try:
-        found = trace(subject.spec, training=True, **subject.arguments)
-    except (UserError, RunError) as error:
-        if subject.spec.masked_training:
-            raise Failure(f"expected a forward pass in training mode that can be counted, came {error}") from error
-        return None  # what training mode adds, such as dropout of its own, needs no count
-    if not subject.spec.masked_training:
-        if found.flops != traced.flops:
-            raise Failure(
-                f"expected {traced.flops:,} flops in training mode, as in sampling, came {found.flops:,}: give the spec "
-                "masked_training=True, so that training compute is counted by what training computes"
-            )
-        return None
-    stated = subject.spec.count(**subject.arguments).in_training
-    if stated.flops != found.flops:
-        raise Failure(
-            f"expected {found.flops:,} flops in training mode, as traced from the network, came {stated.flops:,} in "
-            "Compute.training of the closed form"
-        )
-    return f"masked training: {found.gflops:.4g} Gflops in training, {traced.gflops:.4g} in sampling"
-
-
-def _check_declarations(blind: Blind) -> None:
-    """Raise `Failure` for a declared operation that its composed version contradicts."""
-    for name, declared, composed, difference in blind.declared:
-        if declared != composed:
-            raise Failure(
-                f"expected {composed:,} flops of {name}, as its composed version has, came {declared:,} from its declaration"
-            )
-        if difference > SAME_OPERATION:
-            raise Failure(
-                f"expected the values of its composed version from {name}, came a difference of {difference:.2g} of their "
-                "standard deviation: what is counted is not what is computed"
-            )
-
-
-def _check_on_device(subject: Subject, traced: Compute) -> None:
-    """Raise `Failure` if a call on the CPU has another count than the trace, which runs on the meta device."""
-    from harness.compute.trace_torch import count_call
-    from harness.conformance.torch_network import TorchNetwork
-
-    network = subject.moved
-    assert isinstance(network, TorchNetwork)
-    flops, blind = count_call(subject.spec, network.net.eval(), network.tensors(subject.inputs(1)))
-    _check_declarations(blind)
-    if flops != traced.flops:
-        raise Failure(
-            f"expected {flops:,} flops, as counted on the CPU, came {traced.flops:,} from the trace on the meta device: a branch "
-            "for tensors without values (is_meta) leaves out what is computed; compute the same there, or declare it with "
-            "harness.compute.register_flops"
-        )
 
 
 def one_graph(subject: Subject) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from harness.conformance.checks import Finding, Subject
 from harness.conformance.network import move_weights
+from harness.conformance.subject import Finding, Subject
 from harness.errors import UserError
 
 OUTPUTS = 1e-5  # largest difference relative to the output's standard deviation

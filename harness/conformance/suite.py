@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from harness.conformance.checks import ALL, QUICK, Check, Finding, Subject, closed_form, run_checks
+from harness.conformance.checks import ALL, QUICK, Check, run_checks
+from harness.conformance.compute_checks import closed_form
 from harness.conformance.network import Network
+from harness.conformance.subject import Finding, Subject
 from harness.errors import UserError
 from harness.io.progress import Bar
 from harness.spec import BackboneSpec

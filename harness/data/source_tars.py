@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ OFFICIAL = "ILSVRC2012_img_train.tar"
 def index_tars(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
     """The index of the images in `tars`: one tar of class tars, class tars named by WordNet ids, or webdataset's shards.
 
+    UserError where a tar with images lies beside class tars.
+
     source: the folder of the tars, or the only tar itself.
     """
     if len(tars) == 1:
@@ -34,9 +36,31 @@ def index_tars(source: Path, tars: list[Path], dataset: str) -> ImageIndex:
                 raise UserError(f"{tars[0]}: tars and images side by side; {OFFICIAL} holds only tars")
             class_tars = [(Path(name).stem, tars[0], begin, size) for name, begin, size in inner]
             return _class_tars(source, class_tars, dataset, beside)
-    if all(re.fullmatch(imagenet.WORDNET_ID, each.stem) for each in tars):
-        return _class_tars(source, [(each.stem, each, 0, None) for each in tars], dataset)
-    return _shards(source, tars, dataset)
+    of_classes = named_by_class(tars)
+    others = [each for each in tars if each not in of_classes]
+    # Shards may have such names, too: labels within decide.
+    if not of_classes or (others and any(_holds(each, (".cls", ".json")) for each in of_classes)):
+        return _shards(source, tars, dataset)
+    for other in others:
+        if _holds(other, SUFFIXES):
+            raise UserError(
+                f"--from {source}: {printable(other.name)} holds images and lies beside {len(of_classes)} class tars (first: "
+                f"{of_classes[0].name}), which say nothing of its classes; move it elsewhere"
+            )
+    index = _class_tars(source, [(each.stem, each, 0, None) for each in of_classes], dataset)
+    left_out = ", ".join(printable(each.name) for each in others)
+    return index.with_notes([f"tars without images were left out: {left_out}"] if others else [])
+
+
+def named_by_class(tars: Iterable[Path]) -> list[Path]:
+    """The tars that are named by a WordNet id, as ILSVRC's tars of one class are."""
+    return [each for each in tars if re.fullmatch(imagenet.WORDNET_ID, each.stem)]
+
+
+def _holds(path: Path, endings: tuple[str, ...]) -> bool:
+    """Whether a tar has a member whose name ends in one of `endings`."""
+    with readable(path):
+        return any(name.lower().endswith(endings) and not is_system_member(name) for name, *_ in tar_members(path))
 
 
 class _TarImages:

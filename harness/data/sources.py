@@ -65,7 +65,8 @@ def _index_folder(source: Path, dataset: str) -> ImageIndex:
         tables = [each for each in inside if each.suffix.lower() == ".parquet" and each.is_file()]
     if official := [each for each in tars if each.name == source_tars.OFFICIAL]:
         tars = official
-    chosen = _training_split(tables or tars)
+    # Of class tars no name has the word, which another tar beside them may have.
+    chosen = natural_sorted(tars) if source_tars.named_by_class(tars) else _training_split(tables or tars)
     if not chosen:
         return _class_folders(source, dataset)
     read = set(chosen)

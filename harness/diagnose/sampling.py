@@ -25,7 +25,7 @@ from results.records import Sampling
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from harness.autoencoders.load import Decoder
+    from harness.autoencoders.decoder import Decoder
 
 logger = logging.getLogger(__name__)
 

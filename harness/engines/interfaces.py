@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 if TYPE_CHECKING:
     import numpy as np
 
-    from harness.autoencoders.load import Decoder
+    from harness.autoencoders.decoder import Decoder
     from harness.data.examples import Examples
     from harness.diffusion.sampler_plan import AnyPlan
     from harness.engines.memory import Measured

@@ -7,7 +7,8 @@ import dataclasses
 from harness.compute import TRAINING_FACTOR
 from harness.engines.backend import get_backend
 from harness.engines.memory import Measured, NotEnoughMemory
-from harness.errors import UserError
+from harness.errors import UserError, shown
+from harness.pipeline.evaluation_config import make_evaluator
 from harness.planning.matching import request_from
 from harness.planning.plan import MeasuredCost, Plan, make_plan
 from harness.planning.request import Request
@@ -24,8 +25,31 @@ def plan(options: PlanOptions) -> Plan:
     if options.backbone is None:
         raise UserError("name a --backbone, or give --budget GFLOPS for a table of what each backbone would get")
     request = request_from(options)
-    planned = make_plan(request, check_files=True)
+    planned = plan_with_files(request, options)
     return with_measurement(planned, request, options) if options.measure else planned
+
+
+def plan_with_files(request: Request, options: PlanOptions) -> Plan:
+    """The plan of a request, without measurements. `missing` names the files of the options that a run refuses, too."""
+    decoder, entries = options.decoder, options.entry
+    if "decoder" in entries and decoder is None:
+        raise UserError(f"--entry decoder={shown(entries['decoder'])} is of --decoder: name its folder or file")
+    if decoder is not None and request.protocol.space != "latents":
+        raise UserError(
+            f"--decoder belongs to runs in latents, and protocol {request.protocol.name!r} is in pixels; leave it out"
+        )
+    planned = make_plan(request, check_files=True, decoder=decoder, decoder_entry=entries.get("decoder"))
+    if options.reference is None and options.features_weights is None and "features" not in entries:
+        return planned
+    try:
+        evaluator = make_evaluator(
+            request.protocol, options.reference, options.features_weights, entries.get("features")
+        )
+    except UserError as error:
+        unknown_suite = any(str(error) in reason for reason in planned.missing)
+        reasons = planned.missing if unknown_suite else (*planned.missing, str(error))
+        return dataclasses.replace(planned, missing=reasons, missing_evaluator_files=())
+    return planned if evaluator is None else dataclasses.replace(planned, missing_evaluator_files=())
 
 
 def with_measurement(plan: Plan, request: Request, options: PlanOptions) -> Plan:

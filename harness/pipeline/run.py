@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from harness.data.cache_dir import features
 from harness.data.images import ImageSet
 from harness.data.load import source_images
-from harness.errors import RunError, UserError, shown
+from harness.errors import RunError, UserError
 from harness.pipeline.evaluate import log_notes
 from harness.pipeline.evaluation_config import make_evaluator
 from harness.pipeline.measure import evaluate_and_record
@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from reports.report import ReportSummary
 
 logger = logging.getLogger(__name__)
-
-ENTRY_PARTS = ("decoder", "features")  # whose weight files --entry is about
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +66,6 @@ def run(options: RunOptions) -> RunResult:
             f"backbone {request.spec.name!r} is one part of a system and cannot generate images alone: train it with "
             "`harness train`, then sample the whole with `harness sample --system`"
         )
-    if strange := [part for part in options.entry if part not in ENTRY_PARTS]:
-        raise UserError(f"--entry {shown(strange[0])}: a run has the weight files {', '.join(ENTRY_PARTS)}")
     entry = options.entry.get("features")
     evaluator = make_evaluator(request.protocol, options.reference, options.features_weights, entry)
     if evaluator is not None and evaluator.config.reference is not None:

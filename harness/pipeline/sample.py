@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.autoencoders.load import Decoder, load_autoencoder
+from harness.autoencoders.decoder import Decoder
+from harness.autoencoders.load import load_autoencoder
 from harness.diffusion.sampler_plan import AnyPlan
 from harness.diffusion.samplers import is_adaptive
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup

@@ -7,7 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from harness.autoencoders.load import Decoder, load_autoencoder
+from harness.autoencoders.decoder import Decoder
+from harness.autoencoders.load import load_autoencoder
 from harness.distributed.group import SINGLE_PROCESS, ProcessGroup
 from harness.engines.backend import get_backend
 from harness.engines.interfaces import DeviceInfo

@@ -120,18 +120,20 @@ class Plan:
         return data
 
 
-def make_plan(request: Request, *, check_files: bool = False) -> Plan:
+def make_plan(
+    request: Request, *, check_files: bool = False, decoder: str | None = None, decoder_entry: str | None = None
+) -> Plan:
     """The plan of a request, without measurements.
 
     check_files: whether `missing` also says what a run finds out itself when it reads its files: data that cannot be read
-    or do not fit the protocol, and, for a run in latents, that the autoencoder that made them is gone (it may have another
-    one by --decoder).
+    or do not fit the protocol, and, for a run in latents, that its autoencoder is gone or has weights that cannot be read.
+    decoder: that autoencoder; None: the one that made the latents. decoder_entry: of its weight file.
     """
     compute, recipe, sampling, protocol = request.compute, request.recipe, request.sampling, request.protocol
     images = recipe.steps * recipe.batch
     reasons = missing(request)
     if check_files:
-        reasons += [*unfit_data(request), *missing_decoder(request)]
+        reasons += [*unfit_data(request), *unfit_decoder(request, decoder, decoder_entry)]
     training = TrainingCost(
         steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.in_training.gflops * images * TRAINING_FACTOR,
         forward_gflops=None if compute.training is None else compute.training.gflops,
@@ -236,20 +238,33 @@ def unfit_data(request: Request) -> list[str]:
     return []
 
 
-def missing_decoder(request: Request) -> list[str]:
-    """One sentence if the autoencoder that made the latents was given by a path that no longer exists; else nothing."""
+def unfit_decoder(request: Request, name: str | None = None, entry: str | None = None) -> list[str]:
+    """One sentence if the autoencoder of a run in latents is gone, or its weight file cannot be read; else nothing.
+
+    name: of --decoder; None: the autoencoder that made the latents. entry: of its weight file.
+    """
+    from harness.autoencoders.files import check_weights
     from harness.data import latents
 
-    if request.data is None or request.protocol.space != "latents":
+    if request.protocol.space != "latents":
         return []
-    if latents.missing(request.data, request.protocol) is not None:  # `missing` reports it
-        return []
-    path = latents.read_meta(request.data).source_paths.get("vae", "")
-    if not Path(path).is_absolute() or Path(path).exists():  # not absolute: a name, whose files are on the hub
-        return []
-    return [
-        f"the autoencoder behind {request.data} is no longer at {path}; give it, or another one, with --decoder DIR"
-    ]
+    if name is None:
+        if request.data is None or latents.missing(request.data, request.protocol) is not None:  # `missing` reports it
+            return []
+        meta = latents.read_meta(request.data)
+        name, entry = meta.source_paths.get("vae", ""), meta.vae.get("entry")
+        if not Path(name).is_absolute():  # a name, whose files are on the hub
+            return []
+        if not Path(name).exists():
+            return [
+                f"the autoencoder behind {request.data} is no longer at {name}; give it, or another one, with "
+                "--decoder DIR"
+            ]
+    try:
+        check_weights(name, "--decoder DIR", entry)
+    except UserError as error:
+        return [str(error)]
+    return []
 
 
 def missing_evaluator_files(protocol: Protocol, *, reference_given: bool = False) -> list[str]:

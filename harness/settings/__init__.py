@@ -8,7 +8,7 @@ defines the options of the command line, the keys of study files, the commands o
 record, and the names in footnotes.
 
 One module holds the flags of one command (`run_flags`, `sample_flags`, ...); what several commands share is in
-`training_flags` and `sampling_flags`.
+`training_flags`, `sampling_flags` and `run_files`.
 
 Values are text as on the command line ("400k", "16,32,64") or Python values (400_000, [16, 32, 64]).
 """

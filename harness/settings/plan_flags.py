@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from harness.io.text import read_switch
+from harness.settings.run_files import RunFiles
 from harness.settings.sampling_flags import SamplingSettings
 from harness.settings.setting import setting
 from harness.settings.training_flags import OptionalBackbone, TrainingSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanOptions(SamplingSettings, TrainingSettings, OptionalBackbone):
+class PlanOptions(RunFiles, SamplingSettings, TrainingSettings, OptionalBackbone):
     """Options of `harness plan`."""
 
     measure: bool = setting(

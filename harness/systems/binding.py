@@ -14,6 +14,7 @@ from harness.errors import UserError
 from harness.protocols import Recipe
 from harness.runs import checkpoints
 from harness.runs.run import build_arguments, open_run
+from harness.systems.checks import check_system
 from harness.systems.spec import Component, GuidanceClassifier, System, WeakNetwork
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def load_parts(
     weights, weights without a part, a file that does not exist, and a run of another kind or number of classes. The
     decoder's weights are optional, and are not looked at here.
     """
-    system.check()
+    check_system(system)
     names = [*system.parts, *([DECODER] if system.decoder else [])]
     if unknown := [name for name in weights if name not in names]:
         raise UserError(f"system {system.name!r} has no part {unknown[0]!r}; it has {', '.join(names)}")
@@ -131,7 +132,7 @@ def load_parts(
             sources[name] = _from_file(part, path, entries.get(name))
         return part
 
-    assert system.base is not None  # system.check() has refused a system without one
+    assert system.base is not None  # check_system has refused a system without one
     changed = replace(
         system,
         base=resolve("base", system.base),
@@ -139,7 +140,7 @@ def load_parts(
         classifier=None if system.classifier is None else resolve("classifier", system.classifier),
         upsamplers=tuple(resolve(name, part) for name, part in system.named_upsamplers.items()),
     )
-    changed.check()
+    check_system(changed)
     notes = tuple(note for name, part in changed.parts.items() for note in _notes(name, system.parts[name], part))
     return LoadedSystem(
         system=changed, sources=sources, decoder=weights.get(DECODER), notes=notes, decoder_entry=entries.get(DECODER)
@@ -163,7 +164,7 @@ def with_steps(loaded: LoadedSystem, steps: int) -> LoadedSystem:
         base=replace(system.base, steps=steps),
         upsamplers=tuple(replace(each, steps=steps) for each in system.upsamplers),
     )
-    changed.check()
+    check_system(changed)
     return replace(loaded, system=changed)
 
 

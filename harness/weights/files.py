@@ -14,8 +14,9 @@ from harness.errors import UserError
 from harness.io import files
 from harness.io.progress import Bar
 from harness.weights.containers import escaped, open_file
-from harness.weights.entries import Entry, Marks, choose_entry, escaped_key
+from harness.weights.entries import ITSELF, Entry, Marks, choose_entry
 from harness.weights.folders import find_file, is_index, open_parts, refuse_single_part
+from harness.weights.holders import escaped_key
 from harness.weights.maps import Shapes
 from harness.weights.tensors import Stored
 
@@ -165,7 +166,8 @@ def open_weights(path: Path, *, entry: str | None = None, markings: Iterable[Mar
     chosen, entries = choose_entry(value, path, markings, entry)
     if chosen.duplicate:  # of keys that are not text only the type is known here
         raise UserError(f"{path} holds two tensors under the name {chosen.duplicate}; save net.state_dict()")
-    others = [each.name or "the file itself" for each in entries if each.name != chosen.name]
+    name = chosen.name or ("" if chosen.is_whole else ITSELF)
+    others = [each.name or ITSELF for each in entries if each.name != chosen.name]
     return WeightFile(
         path=path,
         files=paths,
@@ -174,7 +176,7 @@ def open_weights(path: Path, *, entry: str | None = None, markings: Iterable[Mar
         wrapping=_wrapping(chosen),
         entry=chosen.name,
         other_entries=tuple(dict.fromkeys(others)),
-        entry_in_identity="" if chosen.is_whole and chosen.keys == _former_keys(value) else chosen.name,
+        entry_in_identity="" if chosen.is_whole and chosen.keys == _former_keys(value) else name,
         tensors=chosen.tensors,
         symbols=opened.symbols,
         other_names=_other_names(value, chosen),
@@ -193,9 +195,9 @@ def unusual_entry(entry: str | None, open_entry: Callable[[str | None], WeightFi
         return ""
     asked = open_entry(entry).entry
     try:
-        return "" if open_entry(None).entry == asked else asked
+        return "" if open_entry(None).entry == asked else asked or ITSELF
     except UserError:  # several fit
-        return asked
+        return asked or ITSELF
 
 
 def _wrapping(entry: Entry) -> str:

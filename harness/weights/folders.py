@@ -14,7 +14,8 @@ from pathlib import Path
 
 from harness.errors import UserError, shown
 from harness.weights.containers import FileContents, open_file
-from harness.weights.entries import MAX_NAMED, entry_words, is_average, is_optimizer
+from harness.weights.entries import MAX_NAMED
+from harness.weights.holders import entry_words, is_average, is_optimizer
 from harness.weights.objects import escaped
 from harness.weights.tensors import Stored
 

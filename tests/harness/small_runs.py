@@ -1,5 +1,6 @@
 """Small real runs for the tests: real digits, a small DiT, seconds on one core."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -34,6 +35,11 @@ def workshop(folder: Path, wanted=None, *, micro_batch=24, precision="float32", 
         )  # fmt: skip
         shop.create(resolved)
     return shop
+
+
+def losses(shop):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in shop.run.log.read_text().splitlines()]
 
 
 class SecondProcess(ProcessGroup):

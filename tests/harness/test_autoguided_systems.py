@@ -22,6 +22,7 @@ from harness.pipeline.sidecar import read_fields
 from harness.planning.flops_table import sampling_row
 from harness.runs.samples import read_samples, read_sidecar
 from harness.systems.binding import load_parts, with_steps
+from harness.systems.checks import check_system
 from harness.systems.read import get_system, system_from_dict
 from harness.systems.spec import Component, GuidanceClassifier, System, WeakNetwork
 from reports.texts import guidance_text
@@ -126,14 +127,14 @@ FILE = {
 
 def test_a_file_states_it_and_the_identity_of_other_systems_stays():
     system = system_from_dict(FILE, "mine.toml")
-    system.check()
+    check_system(system)
     assert system.guidance == Guidance(2.0, "0.3-") and list(system.parts) == ["base", "weak"]
     assert System.from_dict(system.as_dict()).weak == system.weak
     assert "noise_scale" not in system.as_dict()["weak"]
     louder = replace(
         system, base=replace(BASE, **FLOW, sampler="heun", noise_scale=2.0), weak=replace(WEAK, **FLOW, noise_scale=2.0)
     )
-    louder.check()
+    check_system(louder)
     np.testing.assert_array_equal(louder.weak_plan().x0_from_output, louder.base.plan().x0_from_output)
     assert System.from_dict(louder.as_dict()).weak == louder.weak
     plain = replace(system, weak=None)
@@ -183,7 +184,7 @@ CLASSIFIER = GuidanceClassifier(backbone="adm-classifier-xs", arguments=SMALL)
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(change, words):
     with pytest.raises(UserError, match=words) as error:
-        replace(System(name="mine", protocol="digits", base=BASE, weak=WEAK), **change).check()
+        check_system(replace(System(name="mine", protocol="digits", base=BASE, weak=WEAK), **change))
     assert "\n" not in str(error.value)
 
 

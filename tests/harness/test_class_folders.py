@@ -132,6 +132,24 @@ def test_other_members_of_a_tar_of_class_tars(tmp_path):
         open_index(tar(tmp_path / "b.tar", {**inner, "z.jpg": PICTURE}), "mine")
 
 
+@pytest.mark.parametrize("other", ["val.tar", "train.tar"])  # with the word of a training split, too
+def test_class_tars_beside_another_tar(tmp_path, other):
+    source = tree(tmp_path / "in", {})
+    for name in ("n01443537", "n01440764"):
+        tar(source / f"{name}.tar", {f"{name}_1.JPEG": PICTURE})
+    tar(source / other, {"devkit/readme.txt": b"x"})
+    index = open_index(source, "mine")
+    assert index.classes == ("n01440764", "n01443537") and index.labels.tolist() == [0, 1]
+    assert index.notes == (f"tars without images were left out: {other}",)
+    tar(source / other, {"ILSVRC2012_val_00000001.JPEG": PICTURE})
+    message = rf"{other} holds images and lies beside 2 class tars \(first: n01440764.tar\).*; move it elsewhere$"
+    with pytest.raises(UserError, match=message):
+        open_index(source, "mine")
+    for number, name in enumerate(("n01443537.tar", "n01440764.tar", other)):  # shards of such names
+        tar(source / name, {f"{number}.jpg": PICTURE, f"{number}.cls": str(number).encode()})
+    assert sorted(open_index(source, "mine").labels.tolist()) == [0, 1, 2]
+
+
 def test_stray_files_and_other_splits_are_named(tmp_path):
     images = {"bird": {"a.jpg": PICTURE}, "cat": {"a.jpg": PICTURE, "a.HEIC": b"x"}}
     index = open_index(tree(tmp_path / "a", {**images, "labels.csv": b"x", "z.jpg": PICTURE}), "mine")

@@ -14,7 +14,9 @@ import torch
 
 from backbones.autoencoders.spec import BY_NAME, KL_DEFAULTS, KNOWN, diffusers_name
 from harness.autoencoders import load as load_module
-from harness.autoencoders.load import Decoder, decoder_compute, load_autoencoder, read_identity, resolve
+from harness.autoencoders.decoder import Decoder
+from harness.autoencoders.files import open_autoencoder, resolve
+from harness.autoencoders.load import decoder_compute, load_autoencoder, read_identity
 from harness.errors import RunError, UserError
 
 diffusers = pytest.importorskip("diffusers")
@@ -202,6 +204,15 @@ def with_prefix(prefix, tensors):
 
 
 NETWORK = {f"unet.{n}.weight": torch.zeros(2, 2) for n in range(300)}  # more tensors than the autoencoder has
+LOSS = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3)}
+COUNTERS = {"model_ema.decay": torch.tensor(0.99), "model_ema.num_updates": torch.tensor(7)}
+
+
+def lit_ema(tensors):
+    """Names as LDM's LitEma (ldm/modules/ema.py) has them: without dots."""
+    return {f"model_ema.{name.replace('.', '')}": value for name, value in tensors.items()}
+
+
 PLACES = {  # what the file holds -> (autoencoder, its average), whether it is the average that is read, and the entry
     "a prefix": (lambda v, a: with_prefix("vae.", v), False, "vae"),
     "a module beside its loss": (
@@ -213,6 +224,13 @@ PLACES = {  # what the file holds -> (autoencoder, its average), whether it is t
     "names beside a larger network": (lambda v, a: {**with_prefix("vae.", v), **NETWORK}, False, "vae"),
     "both beside a larger network": (lambda v, a: {"vae": v, "vae_ema": a, "unet": NETWORK}, True, "vae_ema"),
     "both under prefixes": (lambda v, a: {**with_prefix("vae.", v), **with_prefix("ema_vae.", a)}, True, "ema_vae"),
+    "LDM's training of one, with LitEma": (
+        lambda v, a: {"state_dict": {**v, **LOSS, **lit_ema({**a, **LOSS}), **COUNTERS}, "global_step": 7},
+        True,
+        "state_dict.model_ema",
+    ),
+    "LitEma in a flat file": (lambda v, a: {**v, **lit_ema(a)}, True, "model_ema"),
+    "an average beside plain names": (lambda v, a: {**v, **with_prefix("ema.", a)}, True, "ema"),
 }
 
 
@@ -228,6 +246,11 @@ def test_an_autoencoder_is_found_beside_others_and_under_prefixes(place, folder)
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
         assert any(repr(entry) in note for note in decoder.notes)
         assert "entry" not in decoder.identity and read_identity(str(folder), "--decoder", asked) == decoder.identity
+    for other in open_autoencoder(folder / BIN).other_entries if is_average else ():
+        decoder = load_autoencoder(str(folder), entry=other)
+        assert all(torch.equal(value, raw[name]) for name, value in decoder.net.state_dict().items())
+        assert decoder.identity["entry"] == other
+        assert read_identity(str(folder), "--decoder", other) == decoder.identity
 
 
 @pytest.fixture(params=["model.ckpt", "legacy.ckpt", "model.safetensors"])
@@ -492,4 +515,4 @@ def test_naming_a_decoder_imports_no_framework():
     code = "import sys, harness.autoencoders.load as d; d.decoder_compute('ft-ema'); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert not {"torch", "diffusers", "jax", "huggingface_hub"} & set(done.stdout.split())
-    assert Decoder.__module__ == "harness.autoencoders.load"
+    assert Decoder.__module__ == "harness.autoencoders.decoder"

@@ -231,6 +231,39 @@ def test_latents_runs_and_samples_are_of_the_entry_of_an_autoencoder(home, tmp_p
     assert drawn["two"] == drawn["own"] and len(set(drawn.values())) == 3
 
 
+def test_a_plan_names_a_file_of_two_networks_as_a_run_refuses_it(home, tmp_path):
+    done(*latents(home, tmp_path / "cache", "--vae", home / "one"))
+    words = ("--backbone", "dit-xs-2", "--protocol", home / "protocol.toml", "--data", tmp_path / "cache", "--steps", 2)
+    features, decoder = ("--features-weights", home / "features.pt"), ("--decoder", home / "both")
+
+    def missing(*more):
+        document = json.loads(done("plan", *words, *more, "--json").stdout)
+        assert bool(document["missing_evaluator_files"]) == ("--features-weights" not in more)
+        return document["missing"]
+
+    for file, part in ((features, "features"), (decoder, "decoder")):
+        (sentence,) = missing(*file)
+        assert CHOOSE in sentence and sentence in refused("run", *words, *file, "--out", tmp_path / "run")
+        (sentence,) = missing(*file, "--entry", f"{part}=three")
+        assert "has no entry 'three'; it has one, two" in sentence
+        assert missing(*file, "--entry", f"{part}=two") == []
+    assert missing() == [] and not (tmp_path / "run").exists()
+    (sentence,) = missing("--features-weights", tmp_path / "nothing.pt")
+    assert "nothing.pt: no such file" in sentence
+    assert "--entry decoder='two' is of --decoder" in refused("plan", *words, "--entry", "decoder=two")
+    pixels = ("plan", "--backbone", "dit-xs-2", "--decoder", home / "both")
+    assert "--decoder belongs to runs in latents, and protocol 'digits' is in pixels" in refused(*pixels)
+    text = done("plan", *words, *features).stdout
+    assert CHOOSE in next(line for line in text.splitlines() if line.startswith("missing  "))
+    torch.save({"one": {}}, home / "one" / "diffusion_pytorch_model.bin")  # the autoencoder of the latents, by now
+    (home / "one" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "moved.safetensors")
+    try:
+        assert "holds no tensors by name" in missing()[0]
+    finally:
+        (tmp_path / "moved.safetensors").rename(home / "one" / "diffusion_pytorch_model.safetensors")
+        (home / "one" / "diffusion_pytorch_model.bin").unlink()
+
+
 def test_a_study_hands_its_entries_on(tmp_path):
     study = tmp_path / "study.toml"
     study.write_text('protocol = "digits"\nbackbones = ["dit-xs-2"]\nentry = ["decoder=one", "features=two"]\n')

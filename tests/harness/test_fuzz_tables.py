@@ -10,6 +10,7 @@ from harness import registry
 from harness.errors import UserError
 from harness.planning.request import resolve_request
 from harness.protocols import from_dict, get_protocol
+from harness.systems.checks import check_system
 from harness.systems.read import system_from_dict
 
 INF = float("inf")
@@ -67,7 +68,7 @@ def attack(table, take):
 
 def take_system(table):
     system = system_from_dict(table, "mine.toml")
-    system.check()
+    check_system(system)
     assert system.params() > 0 and system.gflops_image() > 0
     json.dumps(system.as_dict(), allow_nan=False)
 

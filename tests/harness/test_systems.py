@@ -25,6 +25,7 @@ from harness.protocols import get_protocol
 from harness.runs.run import build_arguments
 from harness.runs.samples import read_samples, read_sidecar
 from harness.systems.binding import load_parts
+from harness.systems.checks import check_system
 from harness.systems.read import get_system, load_system, system_from_dict
 from harness.systems.spec import Component, GuidanceClassifier, System
 from reports import texts
@@ -77,7 +78,7 @@ def test_every_row_of_tables_2_3_and_5_is_a_system_that_runs_or_says_why_not():
         assert get_protocol(system.protocol).resolution == cell.resolution
         if system.unavailable:
             continue
-        system.check()
+        check_system(system)
         assert system.backbone == cell.backbone
         assert (cell.guidance_scale or 1) == system.base.guidance_scale
         if cell.sampling_steps:
@@ -255,7 +256,7 @@ def test_a_broken_file_is_refused_by_item(change, words):
 )
 def test_parts_that_do_not_fit_are_refused(change, words):
     with pytest.raises(UserError, match=words):
-        replace(system_from_dict(GOOD, "mine.toml"), **change).check()
+        check_system(replace(system_from_dict(GOOD, "mine.toml"), **change))
 
 
 def test_weights_that_do_not_fit_are_refused(parts, tmp_path):
@@ -330,10 +331,10 @@ def test_a_run_with_scaled_noise_is_a_part_of_a_system(tmp_path):
         ({"noise_scale": -1.0, "schedule": "flow"}, "noise_scale -1 must be positive"),
     ):
         with pytest.raises(UserError, match=words):
-            replace(plain, base=replace(plain.base, **change)).check()
+            check_system(replace(plain, base=replace(plain.base, **change)))
     scaled = replace(flow, classifier=replace(get_system("digits-guided").classifier, schedule="flow", noise_scale=2.0))
     with pytest.raises(UserError, match="trained on noise of noise_scale 2.0, and the base that it guides has 1.0"):
-        scaled.check()
+        check_system(scaled)
 
 
 @pytest.mark.parametrize("name", OURS)

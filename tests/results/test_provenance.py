@@ -8,10 +8,11 @@ import pytest
 
 from harness.errors import UserError
 from results.cautions import cautions, compute_of
+from results.checked_fields import BrokenRecord
 from results.compare import compare, differing
 from results.experiments import experiment_key, group_of
 from results.lines import LineReader
-from results.records import BrokenRecord, Environment, Training, comparable_key, from_json, to_json
+from results.records import Environment, Training, comparable_key, from_json, to_json
 
 OLD_ID = "cb617221a8fbf4c7d8407ccec3cdcff0e64c9599096705baa9733034a0b0fce0"
 OLD_LINE = (

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from results.checked_fields import BrokenRecord
 from results.lines import LineReader
-from results.records import BrokenRecord, Environment, from_json, to_json
+from results.records import Environment, from_json, to_json
 
 NUMBERS = st.floats(allow_nan=False, allow_infinity=False)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from results.checked_fields import BrokenRecord
 from results.records import (
     SCHEMA_VERSION,
-    BrokenRecord,
     Environment,
     Evaluation,
     NewerSchema,

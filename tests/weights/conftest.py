@@ -38,3 +38,9 @@ def bare(state, tmp_path):
     path = tmp_path / "bare.pt"
     torch.save(state, path)
     return path
+
+
+@pytest.fixture(scope="session")
+def average(state):
+    """A moving average that differs from `state` in every tensor that is trained."""
+    return {name: tensor if name == "pos_embed" else tensor * 2 + 1 for name, tensor in state.items()}

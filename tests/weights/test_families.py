@@ -3,6 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
+from state_dicts import same
 
 import harness
 from backbones.ldm.weights import COUNTERS, average_name
@@ -29,12 +30,6 @@ def drawn(spec, **arguments):
             if tensor.is_floating_point():
                 tensor.normal_(std=0.05, generator=generator)
     return net, {name: tensor.clone() for name, tensor in net.state_dict().items()}
-
-
-def same(one, other):
-    assert set(one) == set(other)
-    for name in one:
-        assert one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]), name
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
-from harness.autoencoders.load import Decoder
+from harness.autoencoders.decoder import Decoder
 from harness.data.examples import Examples
 from harness.diffusion.sampler_plan import AnyPlan
 from harness.engines.ema import parts

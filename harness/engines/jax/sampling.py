@@ -300,7 +300,7 @@ class JaxChain:
         # The batch, rounded up to a multiple of the number of devices.
         self._size = -(-batch // mesh.devices.size) * mesh.devices.size
         self.evaluations: int | None = (
-            None  # an adaptive stage is the only one: see `harness.systems.spec.System.check`
+            None  # an adaptive stage is the only one: see `harness.systems.checks.check_system`
         )
         if not isinstance(self._stages[0], JaxOdeStage):
             self.evaluations = sum(stage.evaluations for stage in stages if stage.evaluations is not None)

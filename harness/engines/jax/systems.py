@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from harness.autoencoders.load import Decoder
+from harness.autoencoders.decoder import Decoder
 from harness.diffusion.adaptive import AdaptivePlan
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.jax import mesh as devices

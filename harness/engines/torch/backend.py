@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from harness.autoencoders.load import Decoder
+from harness.autoencoders.decoder import Decoder
 from harness.compute.activations import activation_bytes_by_precision
 from harness.data.examples import Examples
 from harness.diffusion.sampler_plan import AnyPlan

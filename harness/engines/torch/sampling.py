@@ -402,7 +402,7 @@ class TorchChain:
         self._seed, self._rule, self._device = seed, uint8_rule, device
         self._batches = HalvedBatches(device)
         self.evaluations: int | None = (
-            None  # an adaptive stage is the only one: see `harness.systems.spec.System.check`
+            None  # an adaptive stage is the only one: see `harness.systems.checks.check_system`
         )
         if not isinstance(self._stages[0], TorchOdeStage):
             self.evaluations = sum(stage.evaluations for stage in stages if stage.evaluations is not None)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from harness.autoencoders.load import Decoder
+from harness.autoencoders.decoder import Decoder
 from harness.diffusion.adaptive import AdaptivePlan
 from harness.engines.interfaces import DeviceInfo
 from harness.engines.torch import resolve
