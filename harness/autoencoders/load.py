@@ -204,21 +204,20 @@ def load_autoencoder(
     *,
     weights: str | Path | None = None,
     device: str = "cpu",
-    batch: int | None = None,
     flag: str = FLAG,
     entry: str | None = None,
 ) -> Decoder:
     """Load the autoencoder `name` from `weights` (a folder or file); None: from the path `name`, or from the hub.
 
-    With `weights`, `name` still gives the name in records, beside the file's hash. batch: batch size; None: 1 on a CPU,
-    else BATCH. flag: the option that messages recommend for naming a path. entry: of the weight file, where it has several
+    With `weights`, `name` still gives the name in records, beside the file's hash. The batch size is 1
+    on a CPU, else BATCH. flag: the option that messages recommend for naming a path. entry: of the weight file, where it has several
     that fit; None: as in `harness.weights.files.open_weights`. Nothing in the file is executed. UserError
     for what is missing, cannot be read or does not fit.
     """
     if isinstance(found := resolve(name), Tokenizer):
         if weights is not None or entry is not None:
             raise UserError(f"decoder {name} is a package's and brings its own weights; leave out {flag}")
-        return _load_tokenizer(found, device, batch)
+        return _load_tokenizer(found, device)
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)
     tensors, notes, digest = read_tensors(file, entry)
@@ -259,12 +258,12 @@ def load_autoencoder(
         source=source,
         notes=notes,
         net=net,
-        batch=batch or (1 if device.startswith("cpu") else BATCH),
+        batch=1 if device.startswith("cpu") else BATCH,
         entry=unusual_entry(entry, partial(open_autoencoder, file)),
     )
 
 
-def _load_tokenizer(tokenizer: Tokenizer, device: str, batch: int | None) -> Decoder:
+def _load_tokenizer(tokenizer: Tokenizer, device: str) -> Decoder:
     """The autoencoder of a package. Its weights are hashed as they are in memory."""
     import torch
 
@@ -290,7 +289,7 @@ def _load_tokenizer(tokenizer: Tokenizer, device: str, batch: int | None) -> Dec
         source=tokenizer.name,
         notes=(),
         net=net.to(device),
-        batch=batch or (1 if device.startswith("cpu") else BATCH),
+        batch=1 if device.startswith("cpu") else BATCH,
     )
 
 

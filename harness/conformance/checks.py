@@ -23,6 +23,7 @@ MANY_IMAGES = 16
 FEW_CLASSES = 4  # that the null label is told apart from, beside the last one
 SAME_IMAGE = 1e-4  # relative difference between an image alone and in a batch: the order of sums may differ
 MATTERS = 1e-6  # relative change of the output from which on an input counts as used
+TRAINING_TRACES = 6  # of the compute in training mode, which must be the same whatever is drawn
 FROZEN = 0.1  # largest share of the numbers in parameters that may be fixed
 NOTABLE = 0.01  # share of a network's flops from which on sums that are not counted are worth a remark
 SAME_OPERATION = 1e-3  # relative difference of a custom operation from its composed version
@@ -263,7 +264,7 @@ def training_mode(subject: Subject) -> str | None:
             "make an image depend on others"
         )
     if _difference(training, evaluation) > SAME_IMAGE and not subject.spec.masked_training:
-        return "computes something else in training than in sampling: right for dropout, wrong for anything else"
+        return "computes something else in training than in sampling: right for dropout and stochastic depth, wrong for the rest"
     return None
 
 
@@ -376,14 +377,27 @@ def closed_form(subject: Subject, traced: Compute | None = None) -> None:
 
 def _compare_training(subject: Subject, traced: Compute) -> str | None:
     """The compute of training mode, stated or not, against the torch network. traced: in evaluation mode."""
+    import torch
+
     from harness.compute.trace_torch import trace
 
+    traces = []
     try:
-        found = trace(subject.spec, training=True, **subject.arguments)
+        with torch.random.fork_rng(devices=[]):
+            for seed in range(TRAINING_TRACES):
+                torch.manual_seed(seed)
+                traces.append(trace(subject.spec, training=True, **subject.arguments))
     except (UserError, RunError) as error:
         if subject.spec.masked_training:
             raise Failure(f"expected a forward pass in training mode that can be counted, came {error}") from error
         return None  # what training mode adds, such as dropout of its own, needs no count
+    found, counts = traces[0], {each.flops for each in traces}
+    if len(counts) > 1:
+        raise Failure(
+            f"expected the same flops at each call in training mode, came {min(counts):,} to {max(counts):,}: for stochastic "
+            "depth, compute every block and multiply its branch by a random mask, drawn for each image; a block that is left "
+            "out for the whole batch makes training compute a matter of chance"
+        )
     if not subject.spec.masked_training:
         if found.flops != traced.flops:
             raise Failure(

@@ -85,7 +85,7 @@ def make_plan(
     steps: int,
     eta: float | None,
     clip_denoised: bool,
-    time: str = "timestep",
+    time: str,
 ) -> SamplerPlan:
     """The plan of a sampler's table for networks of `objective`. time: of the backbone (`harness.spec.TIMES`).
 

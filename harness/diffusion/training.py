@@ -45,7 +45,7 @@ def process_named(schedule: str, diffusion_steps: int, noise_scale: float = 1.0)
 WITHOUT_SLOPES = Coefficients(np.float64(0.6), np.float64(0.8), np.float64(np.nan), np.float64(np.nan))
 
 
-def check_fit(objective: Objective, process: Schedule | Process, time: str = "timestep") -> None:
+def check_fit(objective: Objective, process: Schedule | Process, time: str) -> None:
     """Raise UserError where `objective` is not defined on `process`, or a network's time is not (`harness.spec.TIMES`)."""
     check_time(time, process)
     if objective.schedules is not None and process.name not in objective.schedules:

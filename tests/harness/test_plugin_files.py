@@ -1,7 +1,9 @@
 """`--plugin FILE.py`: a network, a metric and an objective in one file without packaging."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -238,6 +240,37 @@ def test_what_is_wrong_with_a_file_is_one_line(text, message, place):
     assert code == 2 and message in said and "\n" not in said, said
     assert not any("harness_plugin_mine" in name for name in sys.modules)
     assert "dit-xl-2" in harness("list", "backbones")[1]
+
+
+BREAKS = """
+from harness.diffusion.objectives import Objective, Target
+
+def target(at, xp):
+    if xp.__name__ in ("torch", "jax.numpy"):
+        return {}["of training"]
+    return Target(0.0, 1.0)
+
+OBJECTIVES = Objective(name="breaks", target=target)
+"""
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_what_fails_in_the_code_of_a_file_during_a_run_is_one_line(framework, place):
+    Path("breaks.py").write_text(BREAKS)
+
+    def train(**environment):
+        words = ("train", "--plugin", "breaks.py", "--set", "objective=breaks", "--framework", framework, "--out", "r")
+        command = (sys.executable, "-m", "harness", *words, "--backbone", "dit-3xs-4", *TRAIN[2:])
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+    done = train()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "KeyError: 'of training' (breaks.py, line 6)" in line
+    if framework == "torch":
+        assert f"harness: plug-in {Path('breaks.py').resolve()} failed: " in line and "HARNESS_TRACEBACK=1" in line
+    text = train(HARNESS_TRACEBACK="1").stderr
+    assert 'return {}["of training"]' in text and text.splitlines()[-1] == line
 
 
 def test_a_changed_file_replaces_what_it_had_registered(place):
