@@ -260,6 +260,8 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
 
     integer = jax.ShapeDtypeStruct((1,), jnp.int32)  # for t and for y
     t = integer if spec.time == "timestep" else floats()
+    if spec.times == 2:
+        t = floats(2)
     if spec.kind == "generator":
         return floats(arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")

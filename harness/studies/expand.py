@@ -185,7 +185,7 @@ def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tu
                 # The reference is counted with its own recipe in this study: the same target for all backbones.
                 reference_recipe = _recipe(study, variant, value.backbone, protocol)
                 reference_name, target = training_target(protocol, reference_recipe, match=value, budget=None)
-            budget_steps.add(solve_training(compute, recipe, reference_name, target, auxiliary).steps)
+            budget_steps.add(solve_training(spec, compute, recipe, reference_name, target, auxiliary).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(budget_steps):
         raise UserError(
             f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(budget_steps)} training steps of {name}; lower it"

@@ -41,6 +41,7 @@ from harness.diffusion.sampler_plan import (
     NOMINAL_EVALUATIONS,
     AnyPlan,
     check_guided_rows,
+    check_times,
     guided_evaluations,
     not_known,
     reference_plan,
@@ -130,6 +131,7 @@ class Component:
 
     def plan(self) -> AnyPlan:
         """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
+        check_times(self.spec, registry.objectives.get(self.objective))
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
             objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
@@ -289,6 +291,7 @@ class System:
 
         assert self.base is not None and self.weak is not None
         plan = self.base.plan()
+        check_times(self.weak.spec, registry.objectives.get(self.weak.objective))
         assert isinstance(plan, SamplerPlan)  # `check` has refused a weak network beside an adaptive sampler
         return reference_plan(
             plan, objective=self.weak.objective, schedule=self.weak.schedule,
@@ -416,10 +419,10 @@ class System:
                     f"{where}: the objective {objective.name} gives its network x and t in other units than a classifier was "
                     "trained in; a classifier cannot guide it"
                 )
-            if self.base.spec.time != "timestep":
+            if self.base.spec.time != "timestep" or self.base.spec.times == 2:
                 raise UserError(
-                    f"{where}: {self.base.backbone} takes another time ({self.base.spec.time}) than a classifier was trained "
-                    "with; a classifier cannot guide it"
+                    f"{where}: {self.base.backbone} takes another time ({self.base.spec.time}"
+                    f"{', and the end of a step' if self.base.spec.times == 2 else ''}) than a classifier was trained with; a classifier cannot guide it"
                 )
         self._check_sizes(where)
 
