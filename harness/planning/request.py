@@ -252,7 +252,7 @@ def auxiliary_compute(
 ) -> AuxiliaryCompute | None:
     """The compute of the recipe's auxiliary loss, which imports torch; None: it has none.
 
-    Raises `UserError` for unknown names and taps, for a framework without it, and for a protocol in latents.
+    Raises `UserError` for unknown names and taps, and for a framework without it.
     """
     if not recipe.auxiliary:
         return None
@@ -268,13 +268,9 @@ def auxiliary_compute(
         raise UserError(
             f"auxiliary loss {wanted.name!r} needs an encoder, as in {wanted.name}:efficientnet-lite0-96:{wanted.taps[0]}"
         )
-    if wanted.encoder and protocol.space == "latents":
-        raise UserError(
-            f"auxiliary loss {wanted.name!r}: its encoder needs images, and protocol {protocol.name!r} trains on latents"
-        )
     from harness.engines.torch.auxiliary import count
 
-    return count(spec, spec.arguments(**arguments), wanted)
+    return count(spec, spec.arguments(**arguments), wanted, (protocol.image_channels, protocol.resolution))
 
 
 def check_plans(recipe: Recipe, sampling: Sampling, time: str) -> None:
