@@ -90,8 +90,8 @@ class BackboneSpec:
     `UserError` if the arguments do not fit the architecture. Without it the compute is traced, and marked as traced.
     `uncounted_norms` are glob patterns of module paths; the compute convention does not count their normalisations.
     `masked_training` says that training computes on a part of each image, such as half of its tokens (MDT, MaskDiT): training
-    compute is then that of the forward pass in training mode, as traced from the torch network, or stated by the closed
-    form in `Compute.training`.
+    compute is then that of the forward pass in training mode, as traced from the network (torch's, if it has one), or
+    stated by the closed form in `Compute.training`.
     `time` is what a denoiser or upsampler is given as t: "timestep", 0 to 999, or what its objective states in continuous
     time; "unit", float32 from 0 (image) to 1 (noise); "log-sigma", float32, the logarithm of the noise level s / a of
     x_t = a x_0 + s eps, within [-10, 10].
@@ -177,15 +177,10 @@ class BackboneSpec:
         return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")
 
     def count(self, **overrides: object) -> Compute:
-        """Compute and parameters: by the closed form if there is one, else by tracing (imports torch)."""
+        """Compute and parameters: by the closed form if there is one, else by tracing (imports torch, or JAX if there is no torch network)."""
         compute = self._count(**overrides)
         if not self.masked_training or compute.training is not None:
             return compute
-        if "torch" not in self.builders:
-            raise UserError(
-                f"backbone {self.name!r}: masked training is counted from a torch network, which it does not have; state "
-                "Compute.training in its closed_form"
-            )
         return replace(compute, training=_traced(self, training=True, **overrides))
 
     def _count(self, **overrides: object) -> Compute:

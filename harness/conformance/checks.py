@@ -348,8 +348,8 @@ def compute(subject: Subject) -> str | None:
         remarks.append(f"the compute is traced: {traced.gflops:.4g} Gflops, {traced.params:,} parameters")
     if subject.framework == "torch":
         _check_on_device(subject, traced)
-        if (remark := _compare_training(subject, traced)) is not None:
-            remarks.append(remark)
+    if (remark := _compare_training(subject, traced)) is not None:
+        remarks.append(remark)
     if blind.silent:
         remarks.append(
             f"autograd.Function {', '.join(dict.fromkeys(blind.silent))} counts nothing, because nothing is computed in it on "
@@ -385,17 +385,9 @@ def closed_form(subject: Subject, traced: Compute | None = None) -> None:
 
 
 def _compare_training(subject: Subject, traced: Compute) -> str | None:
-    """The compute of training mode, stated or not, against the torch network. traced: in evaluation mode."""
-    import torch
-
-    from harness.compute.trace_torch import trace
-
-    traces = []
+    """The compute of training mode, stated or not, against the network. traced: in evaluation mode."""
     try:
-        with torch.random.fork_rng(devices=[]):
-            for seed in range(TRAINING_TRACES):
-                torch.manual_seed(seed)
-                traces.append(trace(subject.spec, training=True, **subject.arguments))
+        traces = _traces_of_training(subject)
     except (UserError, RunError) as error:
         if subject.spec.masked_training:
             raise Failure(f"expected a forward pass in training mode that can be counted, came {error}") from error
@@ -421,6 +413,24 @@ def _compare_training(subject: Subject, traced: Compute) -> str | None:
             "Compute.training of the closed form"
         )
     return f"masked training: {found.gflops:.4g} Gflops in training, {traced.gflops:.4g} in sampling"
+
+
+def _traces_of_training(subject: Subject) -> list[Compute]:
+    """The compute of training mode: with several draws in torch; of a program in JAX, which is one for all draws."""
+    if subject.framework == "jax":
+        from harness.compute.trace_jax import trace as trace_jax
+
+        return [trace_jax(subject.spec, training=True, **subject.arguments)]
+    import torch
+
+    from harness.compute.trace_torch import trace
+
+    traces = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(TRAINING_TRACES):
+            torch.manual_seed(seed)
+            traces.append(trace(subject.spec, training=True, **subject.arguments))
+    return traces
 
 
 def _check_declarations(blind: Blind) -> None:

@@ -23,6 +23,10 @@ BACKBONES = (
         builders={"torch": "all_doors.networks:Pixelwise", "jax": "all_doors.jax_networks:Pixelwise"},
     ),
     BackboneSpec(
+        name="doors-masked-jax", summary="tokens, half of them in training, in JAX alone", defaults=DEFAULTS,
+        masked_training=True, null_label="num_classes", builders={"jax": "all_doors.jax_networks:Masked"},
+    ),
+    BackboneSpec(
         name="doors-steps", summary="a perceptron over all pixels, told the end of a step", defaults=DEFAULTS, time="unit",
         times=2, null_label="num_classes",
         builders={"torch": "all_doors.networks:Steps", "jax": "all_doors.jax_networks:Steps"},
