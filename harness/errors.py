@@ -61,7 +61,7 @@ def raised_at(error: BaseException) -> str:
     own = [
         frame
         for frame in frames
-        if not frame.filename.startswith(here) and not any(part in frame.filename for part in _LIBRARIES)
+        if not frame.filename.startswith((here, "<")) and not any(part in frame.filename for part in _LIBRARIES)
     ]
     return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 

@@ -62,6 +62,32 @@ def test_the_network_passes_the_checks_in_both_frameworks(home):
     assert trace(spec, out_channels=1).flops == trace_in_jax(spec, out_channels=1).flops == FORWARD
 
 
+def test_another_network_in_jax_is_named(home):
+    from all_doors import jax_networks  # type: ignore[import-not-found]
+
+    class Other(jax_networks.Steps):
+        def __call__(self, x, t, y):
+            return super().__call__(x.clip(-1, 1), t, y)
+
+    class Renamed(jax_networks.Steps):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.inner = self.first
+            del self.first
+
+    jax_networks.Other, jax_networks.Renamed = Other, Renamed
+    spec = registry.backbones.get("doors-steps")
+    for name, message in (
+        ("Other", "expected outputs within 1e-05 of their standard deviation, came a difference of"),
+        ("Renamed", "the weights cannot be mapped by their names: "),
+    ):
+        builders = {**spec.builders, "jax": f"all_doors.jax_networks:{name}"}
+        other = BackboneSpec(**{**vars(spec), "builders": builders})
+        ours, theirs = (subject_of(other, framework, {"out_channels": 1}) for framework in ("torch", "jax"))
+        found = parity(ours, theirs)
+        assert found.status == "failed" and message in found.message, found
+
+
 @pytest.mark.parametrize(("column", "what"), [(0, "the time t[:, 0]"), (1, "the end of the step t[:, 1]")])
 def test_a_network_that_ignores_one_of_its_times_is_named(column, what, home):
     from all_doors import networks  # type: ignore[import-not-found]
