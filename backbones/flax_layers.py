@@ -7,6 +7,7 @@ their input. This corresponds to torch's autocast on the torch networks.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,16 @@ class Frozen(nnx.Variable):
     It is not an `nnx.Param`, so gradients, the optimiser and the moving average leave it out. Checkpoints and weight files
     include it, because they hold all of `backbones.flax_weights.variables`.
     """
+
+
+def dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
+    """The keyword arguments of a call of `net`: {"rngs": generator of dropout} if it takes one, else {}.
+
+    key: uint32 (2,), of that generator.
+    """
+    if "rngs" not in inspect.signature(type(net).__call__).parameters:
+        return {}
+    return {"rngs": nnx.Rngs(dropout=jax.random.wrap_key_data(key, impl="threefry2x32"))}
 
 
 def initial_rngs(seed: int) -> nnx.Rngs:

@@ -13,7 +13,7 @@ from evaluators.features.spec import FeatureSpec
 from evaluators.features.vit_spec import CLIP_VIT_L_14_336, DINOV2_VIT_L_14
 from evaluators.metrics import FID, METRICS, SFID, Metric
 from harness import registry
-from harness.errors import RunError, UserError
+from harness.errors import RunError, UserError, one_line
 from harness.io.files import sha256_json
 from harness.plugins.code import Code
 
@@ -320,6 +320,31 @@ def evaluate_samples(
     return measurements
 
 
+def _estimates(metric: Metric, inputs: "MetricInputs") -> "dict[str, Estimate]":
+    """What the metric's function returns. Raises UserError in one line where that of a package fails, or returns another thing."""
+    from evaluators.intervals import Estimate
+
+    owner = registry.metrics.owner(metric.key) if metric.key in registry.metrics else ""
+    module, _, attribute = metric.compute.partition(":")
+    where = f"metric {metric.key}{owner and f' of {owner}'}: {metric.compute}"
+    try:
+        found = getattr(importlib.import_module(module), attribute)(inputs)
+    except (UserError, RunError, MemoryError):
+        raise
+    except Exception as error:  # other people's code can raise anything
+        if owner == registry.OWN_DISTRIBUTION:
+            raise
+        raise UserError(f"{where} failed: {one_line(error)}") from error
+    if not isinstance(found, dict) or not isinstance(found.get(metric.key), Estimate):
+        came = (
+            f"a {type(found).__name__}"
+            if not isinstance(found, dict)
+            else f"a dictionary of {', '.join(map(str, found))}"
+        )
+        raise UserError(f"{where} gave {came}; it must give {{{metric.key!r}: evaluators.intervals.Estimate(...)}}")
+    return found
+
+
 def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") -> list[Measurement]:
     """One measurement for each metric of the suite, in its order. Raises RunError for a value that is not finite."""
     import numpy as np
@@ -334,8 +359,7 @@ def _measure(inputs: "MetricInputs", suite: Suite, progress: "Progress | None") 
         progress("metrics", 0, len(suite.metrics))
     for done, metric in enumerate(suite.metrics):
         if metric.compute not in computed:
-            module, _, attribute = metric.compute.partition(":")
-            computed[metric.compute] = getattr(importlib.import_module(module), attribute)(inputs)
+            computed[metric.compute] = _estimates(metric, inputs)
         estimate = computed[metric.compute][metric.key]
         if not (np.isfinite(estimate.value) and np.isfinite(estimate.left_out).all()):
             raise RunError(f"metric {metric.key} is not finite; no number of suite {suite.name} is reported")

@@ -120,9 +120,11 @@ def __getattr__(name: str) -> Any:
 
 
 def _trace(spec: BackboneSpec, *, training: bool = False, **overrides: Any) -> Compute:
-    """Compute of a network without a closed form; see `harness.spec.set_tracer`. Imports torch when it is called."""
-    from harness.compute.trace_torch import trace
-
+    """Compute of a network without a closed form; see `harness.spec.set_tracer`. Imports a framework when it is called."""
+    if "torch" in spec.builders:
+        from harness.compute.trace_torch import trace
+    else:
+        from harness.compute.trace_jax import trace
     return trace(spec, training=training, **overrides)
 
 

@@ -50,15 +50,20 @@ def one_line(error: BaseException) -> str:
     """An error of other people's code in one line: its type, the first line of its message, and where it was raised."""
     first = (str(error).strip().splitlines() or [""])[0]
     text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return f"{text}{raised_at(error)}"
+
+
+def raised_at(error: BaseException) -> str:
+    """Where an error was raised, as " (model.py, line 7)"; "" if no frame is of other people's code."""
     frames = traceback.extract_tb(error.__traceback__)
     here = str(Path(__file__).parent) + os.sep
     # The innermost frame that is neither of a framework nor of the harness is the one to look at, if there is one.
     own = [
         frame
         for frame in frames
-        if not frame.filename.startswith(here) and not any(part in frame.filename for part in _LIBRARIES)
+        if not frame.filename.startswith((here, "<")) and not any(part in frame.filename for part in _LIBRARIES)
     ]
-    return f"{text} ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else text
+    return f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
 
 
 _LIBRARIES = tuple(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from harness.errors import RunError, UserError, one_line
+from harness.errors import RunError, UserError, one_line, shown
 
 KINDS = ("denoiser", "upsampler", "classifier", "generator")
 """Calls by kind: denoiser (x, t, y); upsampler (x, t, y, low_res); classifier (x, t); generator (z, y)."""
@@ -90,11 +90,14 @@ class BackboneSpec:
     `UserError` if the arguments do not fit the architecture. Without it the compute is traced, and marked as traced.
     `uncounted_norms` are glob patterns of module paths; the compute convention does not count their normalisations.
     `masked_training` says that training computes on a part of each image, such as half of its tokens (MDT, MaskDiT): training
-    compute is then that of the forward pass in training mode, as traced from the torch network, or stated by the closed
-    form in `Compute.training`.
+    compute is then that of the forward pass in training mode, as traced from the network (torch's, if it has one), or
+    stated by the closed form in `Compute.training`.
     `time` is what a denoiser or upsampler is given as t: "timestep", 0 to 999, or what its objective states in continuous
     time; "unit", float32 from 0 (image) to 1 (noise); "log-sigma", float32, the logarithm of the noise level s / a of
     x_t = a x_0 + s eps, within [-10, 10].
+    `times` 2 says that a denoiser predicts a step, and is given its end too: t is then float32 (N, 2), the time of x_t and the
+    time at which the step ends, both in the form `time`. Such a network is trained by an objective of two times
+    (`harness.diffusion.objectives.TwoTimes`).
     """
 
     name: str
@@ -108,6 +111,7 @@ class BackboneSpec:
     uncounted_norms: tuple[str, ...] = ()
     masked_training: bool = False
     time: str = "timestep"
+    times: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -122,6 +126,10 @@ class BackboneSpec:
             raise UserError(f"backbone {self.name!r}: time {self.time!r} is not one of {', '.join(TIMES)}")
         if self.time != "timestep" and self.kind not in ("denoiser", "upsampler"):
             raise UserError(f"backbone {self.name!r}: a {self.kind} has no time {self.time!r}; leave it out")
+        if self.times not in (1, 2) or (self.times == 2 and self.kind != "denoiser"):
+            raise UserError(
+                f"backbone {self.name!r}: times is {shown(self.times)}; it is 1, or 2 for a denoiser that is given the end of a step"
+            )
         if unknown := sorted(set(self.builders) - set(FRAMEWORKS)):
             raise UserError(
                 f"backbone {self.name!r}: builders for {unknown[0]!r}, but only {', '.join(FRAMEWORKS)} exist"
@@ -169,15 +177,10 @@ class BackboneSpec:
         return load_attribute(self.builders[framework], f"builder of backbone {self.name!r}")
 
     def count(self, **overrides: object) -> Compute:
-        """Compute and parameters: by the closed form if there is one, else by tracing (imports torch)."""
+        """Compute and parameters: by the closed form if there is one, else by tracing (imports torch, or JAX if there is no torch network)."""
         compute = self._count(**overrides)
         if not self.masked_training or compute.training is not None:
             return compute
-        if "torch" not in self.builders:
-            raise UserError(
-                f"backbone {self.name!r}: masked training is counted from a torch network, which it does not have; state "
-                "Compute.training in its closed_form"
-            )
         return replace(compute, training=_traced(self, training=True, **overrides))
 
     def _count(self, **overrides: object) -> Compute:

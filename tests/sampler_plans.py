@@ -10,7 +10,7 @@ def plan(sampler, schedule, steps, *, objective="epsilon-fixed", eta=0.0, clip_d
     task = SamplerTask(process=schedule, steps=steps, eta=eta, learned_variance=objective.learned_variance)
     return make_plan(
         spec.name, spec.make(task), objective, schedule, steps=steps, eta=eta if spec.has_eta else None,
-        clip_denoised=clip_denoised,
+        clip_denoised=clip_denoised, time="timestep",
     )  # fmt: skip
 
 

@@ -71,21 +71,20 @@ def load_autoencoder(
     *,
     weights: str | Path | None = None,
     device: str = "cpu",
-    batch: int | None = None,
     flag: str = FLAG,
     entry: str | None = None,
 ) -> Decoder:
     """Load the autoencoder `name` from `weights` (a folder or file); None: from the path `name`, or from the hub.
 
-    With `weights`, `name` still gives the name in records, beside the file's hash. batch: batch size; None: 1 on a CPU,
-    else BATCH. flag: the option that messages recommend for naming a path. entry: of the weight file, where it has several
-    that fit; None: as in `harness.weights.files.open_weights`. Nothing in the file is executed. UserError
+    With `weights`, `name` still gives the name in records, beside the file's hash. The batch size is that of
+    `default_batch`. flag: the option that messages recommend for naming a path. entry: of the weight file, where it has
+    several that fit; None: as in `harness.weights.files.open_weights`. Nothing in the file is executed. UserError
     for what is missing, cannot be read or does not fit.
     """
     if isinstance(found := resolve(name), Tokenizer):
         if weights is not None or entry is not None:
             refuse_files(name, flag)
-        return load_package_decoder(found, device, batch)
+        return load_package_decoder(found, device)
     known, path, source = find(name, weights, flag)
     config, file = locate(path, flag)
     tensors, notes, digest = read_tensors(file, entry)
@@ -126,7 +125,7 @@ def load_autoencoder(
         source=source,
         notes=notes,
         net=net,
-        batch=batch or default_batch(device),
+        batch=default_batch(device),
         entry=unusual_entry(entry, partial(open_autoencoder, file)),
     )
 

@@ -78,7 +78,7 @@ class PackageDecoder(Decoder):
         )
 
 
-def load_package_decoder(tokenizer: Tokenizer, device: str, batch: int | None) -> PackageDecoder:
+def load_package_decoder(tokenizer: Tokenizer, device: str) -> PackageDecoder:
     """The autoencoder of a package. Its weights are hashed as they are in memory."""
     import torch
 
@@ -104,7 +104,7 @@ def load_package_decoder(tokenizer: Tokenizer, device: str, batch: int | None) -
         source=tokenizer.name,
         notes=(),
         net=net.to(device),
-        batch=batch or default_batch(device),
+        batch=default_batch(device),
     )
 
 

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 import click
 
+TRACEBACK = "HARNESS_TRACEBACK"  # environment variable: errors that are one line come with their traceback
 REPEATED_SIGTERM_SECONDS = 1.0  # several SIGTERMs within this time count as one
 COMMANDS = {
     # name: (module in this folder, summary in `harness --help`)
@@ -111,7 +113,8 @@ def main() -> None:
     with _terminable() as terminated:
         try:
             _check_working_folder()
-            group.main(standalone_mode=False, prog_name="harness")
+            with _traceback_if_wanted():
+                group.main(standalone_mode=False, prog_name="harness")
             if sys.stdout is not None:
                 sys.stdout.flush()  # here, where a full device becomes one line
         except click.ClickException as error:
@@ -137,6 +140,25 @@ def main() -> None:
             give_up_stdout()
             text = f"{error.filename or 'stdout'}: {error.strerror or error}"
             end(1, text, partial(click.echo, f"harness: {text}", err=True))
+        except Exception as error:
+            from harness.plugins.fault import plugin_fault
+
+            fault = plugin_fault(error)
+            if fault is None:  # an error of the harness itself, whose traceback belongs into a bug report
+                raise
+            text = f"{fault}; {TRACEBACK}=1 in the environment shows the traceback"
+            end(1, text, partial(click.echo, f"harness: {text}", err=True))
+
+
+@contextlib.contextmanager
+def _traceback_if_wanted() -> Iterator[None]:
+    """Context that prints the traceback of every error, its causes included, where the environment sets TRACEBACK."""
+    try:
+        yield
+    except Exception:
+        if os.environ.get(TRACEBACK):
+            traceback.print_exc()
+        raise
 
 
 def _check_working_folder() -> None:

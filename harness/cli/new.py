@@ -32,4 +32,5 @@ def command(name: str, framework: str, out: Path | None) -> None:
     folder = out or Path(name)
     for path in write_package(name, frameworks, folder):
         click.echo(f"wrote {path}")
-    click.echo(f"next: pip install -e {folder} && harness check {name} && harness run --backbone {name}")
+    run = f"harness run --backbone {name}{'' if 'torch' in frameworks else f' --framework {frameworks[0]}'}"
+    click.echo(f"next: pip install -e {folder} && harness check {name} && {run}")

@@ -25,8 +25,8 @@ def build_on_meta(spec: BackboneSpec, overrides: dict[str, Any]) -> nn.Module:
 def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     """Meta tensors for one image, in the order in which a network of `spec.kind` is called (`harness.spec.KINDS`).
 
-    Images are float32 (1, C, H, W), t and y int64 (1,) (t float32 where `spec.time` says so), z float32 (1, Z). Sizes come from the network's arguments
-    input_size and in_channels, low_res_size of an upsampler (default input_size // 4), and latent_size of a generator
+    Images are float32 (1, C, H, W), t and y int64 (1,) (t float32 where `spec.time` says so, float32 (1, 2) of two times), z
+    float32 (1, Z). Sizes come from the network's arguments input_size and in_channels, low_res_size of an upsampler (default input_size // 4), and latent_size of a generator
     (default 128, BigGAN's). Raises UserError if input_size or in_channels is missing.
     """
 
@@ -43,6 +43,8 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[Tenso
 
     integer = zeros(1, dtype=torch.int64)  # for t and for y
     t = integer if spec.time == "timestep" else zeros(1)
+    if spec.times == 2:
+        t = zeros(1, 2)
     if spec.kind == "generator":
         return zeros(1, arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")

@@ -92,8 +92,8 @@ _FREE_NAMES = """
     empty_strided eq erf erfc erfinv exp exp2 expand expm1 exponential eye fft_fftfreq fft_rfftfreq fill_ fill
     flatten flip floor floor_divide fmod frac full full_like gather ge gelu glu gt hardshrink hardsigmoid hardswish
     hardtanh heaviside hypot index index_add index_copy index_fill index_put index_select isfinite isinf isnan le
-    leaky_relu lerp lgamma lift lift_fresh lift_fresh_copy linalg_cross linalg_vector_norm linspace log log10 log1p
-    log2 log_normal log_sigmoid_forward _log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not
+    leaky_relu lerp lgamma lift lift_fresh lift_fresh_copy linalg_cross linalg_vector_norm linspace _local_scalar_dense
+    log log10 log1p log2 log_normal log_sigmoid_forward _log_softmax logaddexp logaddexp2 logcumsumexp logical_and logical_not
     logical_or logit logsumexp lt masked_fill max maximum mean min minimum mish movedim mul multiply nan_to_num
     native_dropout ne neg _neg_view new_empty new_empty_strided new_full new_ones new_zeros normal normal_ one_hot
     ones ones_like permute pixel_shuffle pixel_unshuffle polar pow _prelu_kernel prod rad2deg rand rand_like randint
@@ -116,8 +116,8 @@ random numbers."""
 
 _MOVES = """
     alias as_strided cat clone constant_pad_nd contiguous copy copy_ detach empty empty_like empty_permuted empty_strided
-    expand eye fill fill_ flatten full full_like lift lift_fresh lift_fresh_copy movedim new_empty new_empty_strided new_full
-    new_ones new_zeros ones ones_like permute repeat reshape select slice split split_with_sizes squeeze stack t _to_copy to
+    expand eye fill fill_ flatten full full_like lift lift_fresh lift_fresh_copy _local_scalar_dense movedim new_empty
+    new_empty_strided new_full new_ones new_zeros ones ones_like permute repeat reshape select slice split split_with_sizes squeeze stack t _to_copy to
     transpose unbind unflatten _unsafe_view unsqueeze view zero_ zeros zeros_like
 """
 MOVES = frozenset(f"aten::{name}" for name in _MOVES.split())

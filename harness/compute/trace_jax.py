@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from backbones.flax_layers import dropout_rngs
 from harness.compute.custom import Blind, Declaration, declaration
 from harness.compute.fourier import COMPLEX_PRODUCT, fft_flops
 from harness.errors import RunError, UserError, one_line
@@ -201,19 +202,19 @@ def _inner_jaxpr(jaxpr: Any) -> Any:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
-def trace(spec: BackboneSpec, **overrides: Any) -> Compute:
+def trace(spec: BackboneSpec, *, training: bool = False, **overrides: Any) -> Compute:
     """Compute of one forward pass of the Flax network on one image, counted primitive by primitive.
 
-    `overrides` are arguments of the builder. Rows are named by the path of the innermost module, which is its torch name.
+    training: as the trainer calls it, with `rngs` if the network takes them. `overrides` are arguments of the builder. Rows are named by the path of the innermost module, which is its torch name.
     `params` counts the `nnx.Param`s. Raises RunError for a primitive that is neither counted, nor declared
     (`harness.compute.register_flops`), nor known to be free.
     """
-    return trace_and_doubt(spec, **overrides)[0]
+    return trace_and_doubt(spec, training=training, **overrides)[0]
 
 
-def trace_and_doubt(spec: BackboneSpec, **overrides: Any) -> tuple[Compute, Blind]:
+def trace_and_doubt(spec: BackboneSpec, *, training: bool = False, **overrides: Any) -> tuple[Compute, Blind]:
     """As `trace`, with what the count may have missed."""
-    jaxpr, net, _ = abstract_forward(spec, **overrides)
+    jaxpr, net, _ = abstract_forward(spec, training=training, **overrides)
     params = sum(prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))
     convolutions = frozenset(_name(path) for path, module in nnx.iter_modules(net) if isinstance(module, nnx.Conv))
     counter = _Counter(spec.name, spec.uncounted_norms, convolutions)
@@ -221,7 +222,9 @@ def trace_and_doubt(spec: BackboneSpec, **overrides: Any) -> tuple[Compute, Blin
     return Compute(params=params, rows=tuple(rows), source="traced"), counter.blind
 
 
-def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Module, jax.ShapeDtypeStruct]:
+def abstract_forward(
+    spec: BackboneSpec, *, training: bool = False, **overrides: Any
+) -> tuple[Any, nnx.Module, jax.ShapeDtypeStruct]:
     """The closed jaxpr of one forward pass on one image, the abstract network, and the shape of its output."""
     arguments = spec.arguments(**overrides)
     if "gradient_checkpointing" in arguments:  # no cost in the forward pass, but it would hide the module names
@@ -231,8 +234,9 @@ def abstract_forward(spec: BackboneSpec, **overrides: Any) -> tuple[Any, nnx.Mod
 
     def forward(state: nnx.State, *inputs: jax.Array) -> jax.Array:
         network = nnx.merge(graph, state)
+        rngs = dropout_rngs(network, jnp.zeros(2, jnp.uint32)) if training else {}
         with _marking_calls(network):
-            return network(*inputs)
+            return network(*inputs, **rngs)
 
     inputs = example_inputs(spec, arguments)
     try:
@@ -260,6 +264,8 @@ def example_inputs(spec: BackboneSpec, arguments: dict[str, Any]) -> tuple[jax.S
 
     integer = jax.ShapeDtypeStruct((1,), jnp.int32)  # for t and for y
     t = integer if spec.time == "timestep" else floats()
+    if spec.times == 2:
+        t = floats(2)
     if spec.kind == "generator":
         return floats(arguments.get("latent_size", 128)), integer
     channels, size = need("in_channels"), need("input_size")

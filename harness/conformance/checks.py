@@ -118,6 +118,13 @@ def inputs_matter(subject: Subject) -> None:
     for name, array in inputs.items():
         if name == "y" and subject.arguments.get("num_classes", 0) <= 1:
             continue
+        if name == "t" and subject.spec.times == 2:
+            for column, what in enumerate(("the time t[:, 0]", "the end of the step t[:, 1]")):
+                changed = array.copy()
+                changed[:, column] = array[::-1, column]
+                if _difference(subject.moved.call({**inputs, name: changed}).values, before) < MATTERS:
+                    raise Failure(f"expected an output that depends on {what}, came the same one for another")
+            continue
         if array.dtype.kind == "f":
             changed = array[::-1].copy()
         elif name == "t":
@@ -130,7 +137,9 @@ def inputs_matter(subject: Subject) -> None:
 
 def fractional_times(subject: Subject) -> str | None:
     """Times that are floats, as objectives in continuous time give them."""
-    if subject.spec.kind == "generator" or subject.spec.time != "timestep":  # whose times are floats in all checks
+    if (
+        subject.spec.kind == "generator" or subject.spec.time != "timestep" or subject.spec.times == 2
+    ):  # whose times are floats in all checks
         return None
     inputs = subject.inputs()
     times = (inputs["t"] / 1000).astype(np.float32)
@@ -215,7 +224,7 @@ def training_mode(subject: Subject) -> str | None:
             "make an image depend on others"
         )
     if _difference(training, evaluation) > SAME_IMAGE and not subject.spec.masked_training:
-        return "computes something else in training than in sampling: right for dropout, wrong for anything else"
+        return "computes something else in training than in sampling: right for dropout and stochastic depth, wrong for the rest"
     return None
 
 

@@ -9,6 +9,7 @@ from harness.errors import RunError, UserError
 from harness.spec import Compute
 
 NOTABLE = 0.01  # share of a network's flops from which on sums that are not counted are worth a remark
+TRAINING_TRACES = 6  # of the compute in training mode, which must be the same whatever is drawn
 SAME_OPERATION = 1e-3  # relative difference of a custom operation from its composed version
 
 
@@ -26,8 +27,8 @@ def compute(subject: Subject) -> str | None:
         remarks.append(f"the compute is traced: {traced.gflops:.4g} Gflops, {traced.params:,} parameters")
     if subject.framework == "torch":
         _check_on_device(subject, traced)
-        if (remark := _compare_training(subject, traced)) is not None:
-            remarks.append(remark)
+    if (remark := _compare_training(subject, traced)) is not None:
+        remarks.append(remark)
     if blind.silent:
         remarks.append(
             f"autograd.Function {', '.join(dict.fromkeys(blind.silent))} counts nothing, because nothing is computed in it on "
@@ -63,15 +64,20 @@ def closed_form(subject: Subject, traced: Compute | None = None) -> None:
 
 
 def _compare_training(subject: Subject, traced: Compute) -> str | None:
-    """The compute of training mode, stated or not, against the torch network. traced: in evaluation mode."""
-    from harness.compute.trace_torch import trace
-
+    """The compute of training mode, stated or not, against the network. traced: in evaluation mode."""
     try:
-        found = trace(subject.spec, training=True, **subject.arguments)
+        traces = _traces_of_training(subject)
     except (UserError, RunError) as error:
         if subject.spec.masked_training:
             raise Failure(f"expected a forward pass in training mode that can be counted, came {error}") from error
         return None  # what training mode adds, such as dropout of its own, needs no count
+    found, counts = traces[0], {each.flops for each in traces}
+    if len(counts) > 1:
+        raise Failure(
+            f"expected the same flops at each call in training mode, came {min(counts):,} to {max(counts):,}: for stochastic "
+            "depth, compute every block and multiply its branch by a random mask, drawn for each image; a block that is left "
+            "out for the whole batch makes training compute a matter of chance"
+        )
     if not subject.spec.masked_training:
         if found.flops != traced.flops:
             raise Failure(
@@ -86,6 +92,24 @@ def _compare_training(subject: Subject, traced: Compute) -> str | None:
             "Compute.training of the closed form"
         )
     return f"masked training: {found.gflops:.4g} Gflops in training, {traced.gflops:.4g} in sampling"
+
+
+def _traces_of_training(subject: Subject) -> list[Compute]:
+    """The compute of training mode: with several draws in torch; of a program in JAX, which is one for all draws."""
+    if subject.framework == "jax":
+        from harness.compute.trace_jax import trace as trace_jax
+
+        return [trace_jax(subject.spec, training=True, **subject.arguments)]
+    import torch
+
+    from harness.compute.trace_torch import trace
+
+    traces = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in range(TRAINING_TRACES):
+            torch.manual_seed(seed)
+            traces.append(trace(subject.spec, training=True, **subject.arguments))
+    return traces
 
 
 def _check_declarations(blind: Blind) -> None:

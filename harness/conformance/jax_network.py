@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from backbones.flax_layers import set_compute_dtype
+from backbones.flax_layers import dropout_rngs, set_compute_dtype
 from backbones.flax_weights import state_from_torch, state_to_torch, torch_names
 from harness.conformance.network import Failure, Inputs, Output
-from harness.engines.jax.trainer import COMPUTE_DTYPES, build, dropout_rngs, matmul_context, split, without_rngs
+from harness.engines.jax.trainer import COMPUTE_DTYPES, build, matmul_context, split, without_rngs
 from harness.spec import BackboneSpec
 
 

@@ -65,12 +65,16 @@ def make_inputs(spec: BackboneSpec, arguments: Mapping[str, Any], images: int, s
     """Random inputs for a call of the network, by name and in order: see `harness.spec.KINDS`.
 
     x and low_res float32 (N, C, H, W) and z float32 (N, Z), standard normal; t int64 (N,) of 1000 timesteps, or
-    float32 (N,) in the form that the spec states; y int64 (N,).
+    float32 (N,) in the form that the spec states, (N, 2) of two times; y int64 (N,).
     """
     rng = np.random.default_rng(seed)
     t = rng.integers(1, 999, images)
     if spec.time != "timestep":
         t = (t / 1000 if spec.time == "unit" else t / 100 - 5).astype(np.float32)
+    if spec.times == 2:
+        # The end of a step is nearer to the image, which is at 0, or at the smallest logarithm.
+        end = t - rng.uniform(0.1, 0.9, images) * (t + 5 if spec.time == "log-sigma" else t)
+        t = np.stack([t, end], axis=1).astype(np.float32)
     # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = rng.integers(0, max(arguments.get("num_classes", 0), 1), images)
 

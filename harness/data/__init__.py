@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from harness.errors import UserError
+from harness.errors import RunError, UserError, one_line
 from harness.spec import load_attribute
 
 if TYPE_CHECKING:
@@ -67,8 +67,20 @@ class DatasetSpec:
         """The images and labels. UserError, which says how to get it, where it is missing. folder: as in `missing`."""
         if self.needs_folder and folder is None:
             raise UserError(f"data set {self.name!r} is not on this machine: {self.missing()}")
+        from harness.data.images import ImageSet
+
         loader: Loader = load_attribute(self.loader, f"loader of data set {self.name!r}")
-        return loader(folder)
+        try:
+            images = loader(folder)
+        except (UserError, RunError, MemoryError, OSError):
+            raise
+        except Exception as error:  # other people's code can raise anything
+            raise UserError(f"data set {self.name!r}: its loader {self.loader} failed: {one_line(error)}") from error
+        if not isinstance(images, ImageSet):
+            raise UserError(
+                f"data set {self.name!r}: its loader {self.loader} gave a {type(images).__name__}, not a harness.ImageSet"
+            )
+        return images
 
 
 BUILT_IN = (

@@ -21,7 +21,8 @@ class ImageSet:
     """Images to train on; implements `Examples`.
 
     images: uint8 (N, H, W, C) in [0, 255], in memory or mapped read-only. labels: int64 (N,). known_sha256: content hash
-    of a prepared data set (`harness.data.prepared`), which is too large to be hashed when it is loaded.
+    of a prepared data set (`harness.data.prepared`), which is too large to be hashed when it is loaded. Raises UserError for
+    arrays of another form.
     """
 
     name: str
@@ -31,8 +32,15 @@ class ImageSet:
     labelled: bool = True  # False: there are no labels, and `labels` are all 0
 
     def __post_init__(self) -> None:
-        assert self.images.dtype == np.uint8 and self.images.ndim == 4, (self.images.dtype, self.images.shape)
-        assert self.labels.dtype == np.int64 and self.labels.shape == self.images.shape[:1]
+        images, labels = np.asanyarray(self.images), np.asanyarray(self.labels)
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise UserError(
+                f"data set {self.name!r}: images are {images.dtype} {images.shape}; they must be uint8 (N, H, W, C) in [0, 255]"
+            )
+        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
+            raise UserError(
+                f"data set {self.name!r}: labels are {labels.dtype} {labels.shape}; they must be int64 ({len(images)},)"
+            )
 
     def __len__(self) -> int:
         return len(self.images)

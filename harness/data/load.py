@@ -78,13 +78,15 @@ def open_image_set(source: str) -> NamedImages:
     )
 
 
-def source_images(source_paths: dict[str, str], sha256: str, owner: str) -> ImageSet:
+COMPARE_OTHERS = "name images to compare with by --reference PATH"
+
+
+def source_images(source_paths: dict[str, str], sha256: str, owner: str, remedy: str = COMPARE_OTHERS) -> ImageSet:
     """The images that a cache of latents was made of; UserError where they are gone or have changed.
 
-    source_paths: see `Examples`. sha256: of the images. owner: the run or cache that messages name.
+    source_paths: see `Examples`. sha256: of the images. owner: the run or cache that messages name. remedy: what they advise.
     """
     path = source_paths.get("images", "")
-    remedy = "name images to compare with by --reference PATH"
     try:
         images = open_image_set(path).images
     except UserError as error:

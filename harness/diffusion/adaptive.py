@@ -84,7 +84,7 @@ class AdaptivePlan:
     begin: float
     end: float
     learned_variance: bool = False  # no: an ODE draws no noise
-    time: str = "timestep"  # the form of the network's time (`harness.spec.TIMES`)
+    time: str  # the form of the network's time (`harness.spec.TIMES`)
 
     @property
     def initial_noise(self) -> float:
@@ -191,7 +191,7 @@ def make_adaptive_plan(
     first: float,
     last: float,
     clip_denoised: bool,
-    time: str = "timestep",
+    time: str,
 ) -> AdaptivePlan:
     """The plan of the adaptive sampler. first, last: range of t in which the network can be asked. time: of the backbone.
 

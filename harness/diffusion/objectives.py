@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from harness.diffusion.processes import Coefficients, Floats, Namespace
+from harness.errors import UserError
 
 
 class Target(NamedTuple):
@@ -25,6 +26,26 @@ def _epsilon(at: Coefficients, xp: Namespace) -> Target:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TwoTimes:
+    """How an objective trains networks of two times, which predict the mean of the target from t to an earlier time r.
+
+    Euler's step from t to r with such a prediction is the whole step, however long it is. At r = t the prediction is the
+    objective's usual target.
+
+    end_time: function of (t, one random number each in [0, 1), their module) -> r, 0 <= r <= t; arrays (N,).
+    target: function of (net, x, t, r, u, module) -> what the network learns to predict at (x, t, r), (N, C, H, W). x is x_t and
+    u the objective's usual target there, (N, C, H, W); t and r are (N, 1, 1, 1). net is a function of (x, t, r) -> the network's
+    prediction (N, C, H, W), float32, for the same labels. The target has no gradient.
+    evaluations: of the network in one call of `target`, on each image: training compute counts them beside the 3 of a step. A
+    derivative in forward mode (jvp) counts as 2.
+    """
+
+    end_time: Callable[[Floats, Floats, Namespace], Floats]
+    target: Callable[[Callable[[Floats, Floats, Floats], Floats], Floats, Floats, Floats, Floats, Namespace], Floats]
+    evaluations: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Objective:
     """A kind of prediction.
 
@@ -33,6 +54,7 @@ class Objective:
     margin: distance in t that is kept from an end of the process at which x_0 does not follow from x_t and u.
     schedules: names of the noise schedules that it is defined on; None: all that have what its target needs.
     network_time: what the network is given as time in continuous time, a function of (t, the module); None: the process's.
+    two_times: for networks that are also given the time at which a step ends; None: the objective is for all others.
     """
 
     name: str
@@ -42,6 +64,11 @@ class Objective:
     margin: float = 0.0
     schedules: tuple[str, ...] | None = None
     network_time: Callable[[Floats, Namespace], Floats] | None = None
+    two_times: TwoTimes | None = None
+
+    def __post_init__(self) -> None:
+        if self.two_times is not None and self.learned_variance:
+            raise UserError(f"objective {self.name!r}: a step from t to r has no variance; leave out learned_variance")
 
     def out_channels(self, in_channels: int) -> int:
         """Output channels of a network for inputs of `in_channels`: the prediction first, then the variance if learned."""

@@ -38,7 +38,7 @@ class SamplerPlan:
     eta: float | None  # DDIM's share of DDPM noise; None for a sampler without one
     clip_denoised: bool  # clamp the predicted image to [-1, 1]; for pixels, never for latents
     table: SamplerTable
-    network_times: np.ndarray  # (E,): int64 timesteps, or float64
+    network_times: np.ndarray  # (E,): int64 timesteps, or float64; float64 (E, 2) with the ends of steps
     input_scale: np.ndarray | None  # float64 (E,): the network sees input_scale x; None: x
     x0_from_x: np.ndarray  # float64 (E,)
     x0_from_output: np.ndarray  # float64 (E,)
@@ -85,18 +85,25 @@ def make_plan(
     steps: int,
     eta: float | None,
     clip_denoised: bool,
-    time: str = "timestep",
+    time: str,
 ) -> SamplerPlan:
     """The plan of a sampler's table for networks of `objective`. time: of the backbone (`harness.spec.TIMES`).
 
     Raises UserError where the image does not follow from the network's output at one of the times.
     """
+    if clip_denoised and objective.two_times is not None:
+        raise UserError(
+            f"a network of the objective {objective.name} predicts steps, and clip_denoised would clamp where a long one leads, "
+            "which is no image: set it to false"
+        )
     if isinstance(process, Schedule):
         at = Coefficients(table.a, table.s, np.nan, np.nan)  # a table of timesteps has no derivatives
     else:
         at = process.coefficients(table.times, np)
     with np.errstate(divide="ignore", invalid="ignore"):
         network_times = network_time(time, objective, process, table.times, lambda: at, np)
+        if objective.two_times is not None:
+            network_times = np.stack([network_times, _end_times(name, table, objective, process, time)], axis=1)
         from_x, from_output = image_from(at, objective.target(at, np))
         x0_from_x, x0_from_output = (
             np.broadcast_to(each, len(table.times)).astype(np.float64) for each in (from_x, -from_output)
@@ -123,3 +130,17 @@ def make_plan(
         x0_from_output=x0_from_output,
         x0_from_gradient=x0_from_gradient,
     )
+
+
+def _end_times(
+    name: str, table: SamplerTable, objective: Objective, process: Schedule | Process, time: str
+) -> np.ndarray:
+    """What a network of two times is given as the ends of the steps, float64 (E,). Raises UserError without them."""
+    ends = table.end_times
+    if ends is None or isinstance(process, Schedule):
+        raise UserError(
+            f"the sampler {name} does not state where its steps end, and a network of the objective {objective.name} is asked "
+            "for the step to there: take euler"
+        )
+    given: np.ndarray = network_time(time, objective, process, ends, lambda: process.coefficients(ends, np), np)
+    return given

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from harness.diffusion.processes import Process
     from harness.diffusion.samplers import SamplerSpec
     from harness.diffusion.schedule import Schedule
+    from harness.spec import BackboneSpec
 
 AnyPlan: TypeAlias = Union["SamplerPlan", "AdaptivePlan"]  # AdaptivePlan: of a sampler whose steps are its own affair
 # Network evaluations of an image, about, where an adaptive sampler's are not known but the work has to be divided.
@@ -53,6 +54,20 @@ def sampler_plan(
         spec, tuple(options.items()), registry.objectives.get(objective), schedule, diffusion_steps, steps, eta,
         clip_denoised, spacing, noise_scale, time,
     )  # fmt: skip
+
+
+def check_times(spec: BackboneSpec, objective: Objective) -> None:
+    """Raise UserError where a network of one time is to be trained or sampled by an objective of two, or the reverse."""
+    if spec.times == 2 and objective.two_times is None:
+        raise UserError(
+            f"backbone {spec.name!r} is given two times, t and the end of a step, and the objective {objective.name} trains "
+            "networks of one: give --set objective=NAME of one that states two_times"
+        )
+    if spec.times == 1 and objective.two_times is not None:
+        raise UserError(
+            f"the objective {objective.name} trains networks of two times, t and the end of a step, and backbone "
+            f"{spec.name!r} is given one: give a backbone with times=2, or another objective"
+        )
 
 
 def guided_rows(plan: SamplerPlan, guidance: Guidance) -> np.ndarray:
@@ -188,6 +203,11 @@ def _adaptive_plan(
         raise UserError(
             f"the sampler {sampler} asks the network at any t, and {process.name} is a table of the timesteps that it was "
             f"trained at: take another sampler, such as heun, or a schedule in continuous time ({', '.join(PROCESSES)})"
+        )
+    if objective.two_times is not None:
+        raise UserError(
+            f"the sampler {sampler} follows the direction at one time, and a network of the objective {objective.name} predicts "
+            "steps: take euler"
         )
     if spacing:
         raise UserError(f"the sampler {sampler} chooses its own times: leave out the spacing {shown(spacing)}")

@@ -40,6 +40,9 @@ class SamplerTable:
     # (low, high), (E,) each: log variances between which the variance channels of the network choose (Nichol & Dhariwal
     # 2021, eq. 15) and so replace noise_to_x. None: the variance is fixed.
     log_variances: tuple[np.ndarray, np.ndarray] | None = None
+    # (E,): t at which the step of a row ends, where a row is one step along its D alone: what networks of two times are asked
+    # for. None: the sampler is not for them.
+    end_times: np.ndarray | None = None
     shifts_mean: bool = False  # a classifier's gradient shifts the mean of a step by its variance; else epsilon
 
     def __post_init__(self) -> None:
@@ -47,6 +50,7 @@ class SamplerTable:
         assert self.a.shape == self.s.shape == (rows,)
         assert self.x_from.shape == self.base_from.shape == (rows, self.x_from.shape[1])
         assert self.noise_to_x.shape == self.noise_to_base.shape == (rows,)
+        assert self.end_times is None or self.end_times.shape == (rows,)
         for values in (self.x_from, self.base_from, self.noise_to_x, self.noise_to_base):
             assert np.isfinite(values).all()
         for j in range(self.x_from.shape[1] - D):  # no row asks for an image that was not predicted yet
@@ -62,6 +66,7 @@ class _Rows:
         self.x_from, self.base_from = np.zeros((len(nodes), 2 + history)), np.zeros((len(nodes), 2 + history))
         self.noise_to_x, self.noise_to_base = np.zeros(len(nodes)), np.zeros(len(nodes))
         self.initial_noise = float(grid.s[0])
+        self.end_times: np.ndarray | None = None
 
     def table(self) -> SamplerTable:
         return SamplerTable(**vars(self))
@@ -79,6 +84,7 @@ def _first_order(grid: Grid, i: int, j: int) -> tuple[float, float]:
 def euler(grid: Grid) -> SamplerTable:
     """First order: DDIM with eta 0 on every process (Song et al. 2021, eq. 12), and Euler's rule on flow (SiT)."""
     rows = _Rows(grid)
+    rows.end_times = grid.times[1:]
     for k in range(len(grid)):
         rows.x_from[k, X], rows.x_from[k, D] = _first_order(grid, k, k + 1)
     return rows.table()

@@ -45,13 +45,18 @@ def process_named(schedule: str, diffusion_steps: int, noise_scale: float = 1.0)
 WITHOUT_SLOPES = Coefficients(np.float64(0.6), np.float64(0.8), np.float64(np.nan), np.float64(np.nan))
 
 
-def check_fit(objective: Objective, process: Schedule | Process, time: str = "timestep") -> None:
+def check_fit(objective: Objective, process: Schedule | Process, time: str) -> None:
     """Raise UserError where `objective` is not defined on `process`, or a network's time is not (`harness.spec.TIMES`)."""
     check_time(time, process)
     if objective.schedules is not None and process.name not in objective.schedules:
         raise UserError(
             f"the objective {objective.name} is defined on the schedule {' or '.join(objective.schedules)}, not on "
             f"{process.name}: give --set schedule={objective.schedules[0]}"
+        )
+    if isinstance(process, Schedule) and objective.two_times is not None:
+        raise UserError(
+            f"the objective {objective.name} predicts steps between any two times, and {process.name} is a table of timesteps: "
+            f"give a schedule in continuous time ({', '.join(PROCESSES)})"
         )
     if isinstance(process, Process) and objective.learned_variance:
         raise UserError(
@@ -186,26 +191,63 @@ class TrainingObjective:
         """What the network is given as time at t (N,); `at` returns the process there."""
         return network_time(self.time, self.objective, self.process, t, at, xp)
 
-    def squared_error(
-        self, output: Floats, x0: Floats, noise: Floats, t: Floats, at: Coefficients, xp: Namespace
-    ) -> Floats:
-        """The weighted squared error of the prediction, elementwise (N, C, H, W).
-
-        output: float32 (N, C, H, W), the network at x_t = a x0 + s noise. t and the coefficients `at`: (N, 1, 1, 1), or
-        floats where they do not depend on t. LOSS_WEIGHTS weigh the error of x_0, which is off by |from_u| for an error
-        of 1 in the prediction.
-        """
+    def wanted(self, x0: Floats, noise: Floats, at: Coefficients, xp: Namespace) -> Floats:
+        """What the network is to predict at x_t = a x0 + s noise, (N, C, H, W); of an objective of two times, at r = t."""
         target = self.objective.target(at, xp)
         parts = [
             state if is_constant(coefficient, 1.0) else coefficient * state
             for coefficient, state in ((target.from_x0, x0), (target.from_noise, noise))
             if not is_constant(coefficient, 0.0)
         ]
-        error = (output - sum(parts[1:], parts[0])) ** 2
+        return sum(parts[1:], parts[0])
+
+    def squared_error(self, output: Floats, wanted: Floats, t: Floats, at: Coefficients, xp: Namespace) -> Floats:
+        """The weighted squared error of the prediction `output` from `wanted`, elementwise; both float32 (N, C, H, W).
+
+        t and the coefficients `at`: (N, 1, 1, 1), or floats where they do not depend on t. LOSS_WEIGHTS weigh the error of
+        x_0, which is off by |from_u| for an error of 1 in the prediction.
+        """
+        error = (output - wanted) ** 2
         if self.loss_weight == "none":
             return error
         of_image = LOSS_WEIGHTS[self.loss_weight][0](t, at, xp, self.weight_parameter)
-        return of_image * image_from(at, target)[1] ** 2 * error
+        return of_image * image_from(at, self.objective.target(at, xp))[1] ** 2 * error
+
+    def wanted_of_step(
+        self,
+        net: Callable[[Floats, Floats, Floats], Floats],  # as of `TwoTimes.target`
+        x0: Floats,
+        noise: Floats,
+        times: tuple[Floats, Floats],  # t and r, (N, 1, 1, 1) each
+        at: Coefficients,
+        xp: Namespace,
+    ) -> Floats:
+        """What a network of two times is to predict at x_t = a x0 + s noise, (N, C, H, W).
+
+        Raises UserError where the objective evaluates the network more often than it states.
+        """
+        two_times = self.objective.two_times
+        assert two_times is not None
+        calls = 0
+
+        def counted(x: Floats, t: Floats, r: Floats) -> Floats:
+            nonlocal calls
+            calls += 1
+            return net(x, t, r)
+
+        u = self.wanted(x0, noise, at, xp)
+        wanted = two_times.target(counted, at.a * x0 + at.s * noise, *times, u, xp)
+        if calls > two_times.evaluations:
+            raise UserError(
+                f"objective {self.objective.name!r}: its target evaluates the network {calls} times, and its `evaluations`, from "
+                f"which training compute is counted, are {two_times.evaluations}"
+            )
+        if getattr(wanted, "shape", None) != x0.shape:
+            raise UserError(
+                f"objective {self.objective.name!r}: expected a target of shape {tuple(x0.shape)}, came "
+                f"{tuple(wanted.shape) if hasattr(wanted, 'shape') else type(wanted).__name__}"
+            )
+        return wanted
 
 
 def _parse(item: str, text: str, known: list[str], parameters: int) -> tuple[str, tuple[float, ...]]:

@@ -11,7 +11,7 @@ from harness.errors import UserError, shown
 from harness.pipeline.evaluation_config import make_evaluator
 from harness.planning.matching import request_from
 from harness.planning.plan import MeasuredCost, Plan, make_plan
-from harness.planning.request import Request
+from harness.planning.request import Request, training_passes
 from harness.settings import PlanOptions, keyword_options
 
 
@@ -80,7 +80,10 @@ def measured_cost(request: Request, measured: Measured) -> MeasuredCost:
     resolved, image_seconds = measured.resolved, min(measured.seconds.values())
     if resolved.compile == "on" and measured.compiled_seconds is not None:
         image_seconds = measured.compiled_seconds
-    forward_seconds = image_seconds / TRAINING_FACTOR * (request.compute.flops / request.compute.in_training.flops)
+    # The passes of a target that evaluates the network were not measured.
+    passes = training_passes(request.spec, request.recipe)
+    image_seconds, measured_seconds = image_seconds * passes / TRAINING_FACTOR, image_seconds
+    forward_seconds = measured_seconds / TRAINING_FACTOR * (request.compute.flops / request.compute.in_training.flops)
     sampler_steps = request.sampling.steps if request.spec.kind == "denoiser" else ()
     # of one image in each of the sample sets, in sum; 0 if that is not known, and then no time of sampling is stated
     costs = [request.gflops_image(steps) for steps in sampler_steps]

@@ -34,6 +34,7 @@ from harness.planning.request import (
     plan_of,
     published_input_gflops,
     request_of_run,
+    training_passes,
 )
 from harness.protocols import get_protocol
 from harness.runs import checkpoints
@@ -321,6 +322,7 @@ def sample_run(
             gflops=request.compute.gflops,
             gflops_published_input=published_input_gflops(request),
             gflops_source="traced" if request.compute.source == "traced" else None,
+            passes=training_passes(request.spec, run.recipe),
             auxiliary=request.auxiliary,
             forward_gflops=None if request.compute.training is None else request.compute.training.gflops,
             evaluations=request.evaluations(steps),

@@ -22,6 +22,7 @@ from harness.errors import UserError, shown
 from harness.images.open import open_images
 from harness.images.source import printable
 from harness.io import files
+from harness.planning.request import training_passes
 from harness.runs.run import Resolved, recipe_identity
 from harness.runs.sample_set import SampleRequest
 from harness.runs.samples import find_sidecar, sidecar_path
@@ -140,6 +141,7 @@ def fields_of_run(
     gflops_published_input: float | None,
     gflops_source: str | None = None,  # as in a record
     forward_gflops: float | None = None,  # of a forward pass in training, if it is not `gflops`
+    passes: int = TRAINING_FACTOR,  # whose compute is that of training on one image
     auxiliary: AuxiliaryCompute | None = None,  # of the recipe's auxiliary loss
     evaluations: int | None,  # None: not known before sampling, as for an adaptive sampler
     decoder_gflops: float | None,  # of an image; None: nothing to decode
@@ -149,7 +151,7 @@ def fields_of_run(
     sampling, decoder = sample_set.sampling, sample_set.decoder
     images = sample_set.step * recipe.batch
     training_gflops = (
-        (gflops if forward_gflops is None else forward_gflops) * sample_set.step * recipe.batch * TRAINING_FACTOR
+        (gflops if forward_gflops is None else forward_gflops) * sample_set.step * recipe.batch * passes
     )  # another order could change the last bit
     auxiliary_gflops = None if auxiliary is None else auxiliary.training_flops * images / 1e9
     return RecordFields(
@@ -323,7 +325,11 @@ def _training_of_parts(system: System, sources: Mapping[str, Source]) -> Trainin
         if trained is None or gflops is None or trained.recipe.auxiliary:  # whose compute is not known here
             gflops = None
         else:
-            gflops += part.spec.count(**part.arguments).in_training.gflops * trained.images * TRAINING_FACTOR
+            gflops += (
+                part.spec.count(**part.arguments).in_training.gflops
+                * trained.images
+                * training_passes(part.spec, trained.recipe)
+            )
     return Training(
         steps=base.trained.steps,
         images=base.trained.images,

@@ -17,9 +17,8 @@ from fractions import Fraction
 from typing import Any
 
 from harness import registry
-from harness.compute import TRAINING_FACTOR
 from harness.diffusion.auxiliary import AuxiliaryCompute
-from harness.diffusion.sampler_plan import guided_evaluations, not_known
+from harness.diffusion.sampler_plan import check_times, guided_evaluations, not_known
 from harness.diffusion.samplers import is_adaptive
 from harness.errors import UserError
 from harness.planning.reference import Reference
@@ -31,6 +30,7 @@ from harness.planning.request import (
     check_plans,
     make_request,
     plan_of,
+    training_passes,
 )
 from harness.protocols import Protocol, Recipe, Sampling
 from harness.runs.run import build_arguments
@@ -93,7 +93,7 @@ def matched(
     """
     if match is not None or budget is not None:
         reference, target = training_target(request.protocol, request.recipe, match=match, budget=budget)
-        result = solve_training(request.compute, request.recipe, reference, target, request.auxiliary)
+        result = solve_training(request.spec, request.compute, request.recipe, reference, target, request.auxiliary)
         recipe = dataclasses.replace(request.recipe, steps=result.steps)
         request = dataclasses.replace(request, recipe=recipe, match=result)
     return request if sampling is None else match_sampling(request, sampling)
@@ -113,11 +113,15 @@ def training_target(
     assert match is not None
     (steps,) = match.steps  # `parse_reference` accepts one number only
     name = match.name(steps)
-    compute = compute_of(_reference_spec(match, f"--match {name}"), protocol, recipe, f"--match {name}: ")
-    return name, Fraction(step_flops(compute, recipe) * steps)
+    spec = _reference_spec(match, f"--match {name}")
+    if spec.times == 2:  # a network of one time is counted as one that an objective of one time trains
+        check_times(spec, registry.objectives.get(recipe.objective))
+    compute = compute_of(spec, protocol, recipe, f"--match {name}: ")
+    return name, Fraction(step_flops(spec, compute, recipe) * steps)
 
 
 def solve_training(
+    spec: BackboneSpec,
     compute: Compute,
     recipe: Recipe,
     reference: str | None,
@@ -128,7 +132,7 @@ def solve_training(
 
     reference, target: as `training_target` returns them, whose reference has no auxiliary loss. auxiliary: of the recipe.
     """
-    flops_of_step = step_flops(compute, recipe)
+    flops_of_step = step_flops(spec, compute, recipe)
     if auxiliary is not None:
         flops_of_step += auxiliary.training_flops * recipe.batch
     steps = max(1, nearest_count(target, flops_of_step))
@@ -259,9 +263,9 @@ def evaluation_counts(recipe: Recipe, sampling: Sampling) -> Callable[[int], int
     return evaluations
 
 
-def step_flops(compute: Compute, recipe: Recipe) -> int:
+def step_flops(spec: BackboneSpec, compute: Compute, recipe: Recipe) -> int:
     """Training compute of one optimiser step, in flops."""
-    return compute.in_training.flops * recipe.batch * TRAINING_FACTOR
+    return compute.in_training.flops * recipe.batch * training_passes(spec, recipe)
 
 
 def compute_of(spec: BackboneSpec, protocol: Protocol, recipe: Recipe, where: str = "") -> Compute:
@@ -315,9 +319,10 @@ def budget_table(
         if spec.kind != "denoiser":
             continue
         try:
+            check_times(spec, registry.objectives.get(recipe.objective))
             compute = compute_of(spec, protocol, recipe)
             auxiliary = auxiliary_of(spec, protocol, recipe)
-            match_of_backbone = solve_training(compute, recipe, reference, target, auxiliary)
+            match_of_backbone = solve_training(spec, compute, recipe, reference, target, auxiliary)
         except UserError as error:
             left_out.append({"name": spec.name, "reason": str(error)})
             continue

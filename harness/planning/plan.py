@@ -12,7 +12,7 @@ from harness.compute import TRAINING_FACTOR
 from harness.data.public_files import FILES
 from harness.diffusion.guidance import Guidance
 from harness.errors import UserError
-from harness.planning.request import Match, Request, published_input_gflops
+from harness.planning.request import Match, Request, published_input_gflops, training_passes
 from harness.protocols import Protocol
 from harness.runs import checkpoints
 
@@ -23,7 +23,8 @@ class TrainingCost:
 
     auxiliary: of the recipe's auxiliary loss, for one image: "encoder_gflops" (forward alone), "heads_gflops" (one pass, of
     which training counts three); and "gflops" in total. None: it has none. forward_gflops: of a forward pass on one image in
-    training, if it is not that of sampling (`BackboneSpec.masked_training`).
+    training, if it is not that of sampling (`BackboneSpec.masked_training`). passes: forward passes whose compute is that of
+    training on one image, if they are not 3 (`harness.diffusion.objectives.TwoTimes`).
     """
 
     steps: int
@@ -32,6 +33,7 @@ class TrainingCost:
     gflops: float
     auxiliary: dict[str, float] | None = None
     forward_gflops: float | None = None
+    passes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The plan as plain data, ready for JSON. An interval and a rule of guidance appear where there is one."""
         data = dataclasses.asdict(self)
-        for name in ("auxiliary", "forward_gflops"):
+        for name in ("auxiliary", "forward_gflops", "passes"):
             if data["training"][name] is None:
                 del data["training"][name]
         for row in data["sampling"]:
@@ -134,9 +136,11 @@ def make_plan(
     reasons = missing(request)
     if check_files:
         reasons += [*unfit_data(request), *unfit_decoder(request, decoder, decoder_entry)]
+    passes = training_passes(request.spec, recipe)
     training = TrainingCost(
-        steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.in_training.gflops * images * TRAINING_FACTOR,
+        steps=recipe.steps, batch=recipe.batch, images=images, gflops=compute.in_training.gflops * images * passes,
         forward_gflops=None if compute.training is None else compute.training.gflops,
+        passes=None if passes == TRAINING_FACTOR else passes,
     )  # fmt: skip
     if request.auxiliary is not None:
         extra = request.auxiliary

@@ -24,7 +24,7 @@ def costs_text(plan: Plan) -> str:
     lines = [
         f"  parameters  {plan.params / 1e6:,.2f} M",
         f"  Gflops      {gflops}  ({plan.gflops_source})",
-        f"  training    {training.steps:,} steps x {training.batch} images x 3 x {gflops_text(forward)} Gflops"
+        f"  training    {training.steps:,} steps x {training.batch} images x {training.passes or 3} x {gflops_text(forward)} Gflops"
         f" = {training.gflops - (training.auxiliary or {}).get('gflops', 0.0):.4g} Gflops",
     ]
     if (extra := training.auxiliary) is not None:

@@ -18,6 +18,7 @@ from harness.diffusion.sampler_plan import (
     NOMINAL_EVALUATIONS,
     AnyPlan,
     check_guided_rows,
+    check_times,
     guided_evaluations,
     sampler_plan,
 )
@@ -57,7 +58,7 @@ class Request:
     @property
     def gflops_step(self) -> float:
         """Training compute of one optimiser step."""
-        gflops = self.compute.in_training.gflops * self.recipe.batch * TRAINING_FACTOR
+        gflops = self.compute.in_training.gflops * self.recipe.batch * training_passes(self.spec, self.recipe)
         return gflops if self.auxiliary is None else gflops + self.auxiliary.training_flops * self.recipe.batch / 1e9
 
     @property
@@ -191,7 +192,15 @@ def resolve_request(
         and needs_timesteps(sampling_settings.sampler)
         and (sampling or {}).get("sampler") is None
     ):
-        sampling_settings = dataclasses.replace(sampling_settings, sampler=IN_CONTINUOUS_TIME)
+        two_times = registry.objectives.get(recipe.objective).two_times is not None
+        sampler = "euler" if two_times else IN_CONTINUOUS_TIME
+        sampling_settings = dataclasses.replace(sampling_settings, sampler=sampler)
+    if (
+        registry.objectives.get(recipe.objective).two_times is not None
+        and (sampling or {}).get("clip_denoised") is None
+    ):
+        # A long step's D is where its direction leads, and an image only if the step ends there.
+        sampling_settings = dataclasses.replace(sampling_settings, clip_denoised=False)
     if is_adaptive(sampling_settings.sampler):
         if (sampling or {}).get("steps") not in (None, ADAPTIVE_STEPS):
             raise UserError(
@@ -216,6 +225,7 @@ def resolve_request(
         raise UserError(
             "--ema-width needs a run that keeps averages of several widths; train with --set ema_widths=0.05:0.10"
         )
+    check_times(spec, objective)
     check_plans(recipe, sampling_settings, spec.time)
     arguments = build_arguments(spec, protocol, objective.out_channels(protocol.in_channels))
     if gradient_checkpointing:
@@ -229,12 +239,20 @@ def resolve_request(
     )  # fmt: skip
 
 
+def training_passes(spec: BackboneSpec, recipe: Recipe) -> int:
+    """Forward passes whose compute is that of training on one image: 3, and those of the target of a step (`TwoTimes`)."""
+    if spec.times == 1:
+        return TRAINING_FACTOR
+    two_times = registry.objectives.get(recipe.objective).two_times
+    return TRAINING_FACTOR + (0 if two_times is None else two_times.evaluations)
+
+
 def auxiliary_compute(
     spec: BackboneSpec, arguments: dict[str, Any], protocol: Protocol, recipe: Recipe, framework: str = "torch"
 ) -> AuxiliaryCompute | None:
     """The compute of the recipe's auxiliary loss, which imports torch; None: it has none.
 
-    Raises `UserError` for unknown names and taps, for a framework without it, and for a protocol in latents.
+    Raises `UserError` for unknown names and taps, and for a framework without it.
     """
     if not recipe.auxiliary:
         return None
@@ -250,13 +268,9 @@ def auxiliary_compute(
         raise UserError(
             f"auxiliary loss {wanted.name!r} needs an encoder, as in {wanted.name}:efficientnet-lite0-96:{wanted.taps[0]}"
         )
-    if wanted.encoder and protocol.space == "latents":
-        raise UserError(
-            f"auxiliary loss {wanted.name!r}: its encoder needs images, and protocol {protocol.name!r} trains on latents"
-        )
     from harness.engines.torch.auxiliary import count
 
-    return count(spec, spec.arguments(**arguments), wanted)
+    return count(spec, spec.arguments(**arguments), wanted, (protocol.image_channels, protocol.resolution))
 
 
 def check_plans(recipe: Recipe, sampling: Sampling, time: str) -> None:

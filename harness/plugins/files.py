@@ -28,6 +28,8 @@ from harness.registry import GROUPS
 
 logger = logging.getLogger(__name__)
 
+MODULE_PREFIX = "harness_plugin_"  # of the names of the files' modules
+
 _loaded: dict[Path, Code] = {}  # by resolved path, those of this process
 
 
@@ -99,7 +101,7 @@ def _register(path: Path, module: ModuleType, code: Code) -> list[str]:
 def _execute(path: Path, source: bytes, code: Code) -> ModuleType:
     """The module of the file, which addresses ("module:attribute") and classes of it find by its name."""
     # Not Python's loader for files: it would leave compiled code beside the user's file, and read the file once more.
-    name = f"harness_plugin_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{code.sha256[:8]}"
+    name = f"{MODULE_PREFIX}{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}_{code.sha256[:8]}"
     module = ModuleType(name)
     module.__file__ = str(path.resolve())
     sys.modules[name] = module

@@ -50,6 +50,7 @@ class Purpose(IntEnum):
     CONDITIONING_NOISE = 13  # noise on the low-resolution input of an upsampler
     CONDITIONING_LEVEL = 14  # its standard deviation for the training example
     UPSAMPLER_NOISE = 15  # x_T and step noise of an upsampler of a cascade
+    END_TIME = 16  # end of the step of the training example, for networks of two times
 
 
 def threefry2x32(

@@ -101,8 +101,17 @@ class Expansion:
 def expand(study: Study) -> Expansion:
     """Resolve all names, solve all budgets and check all plans.
 
-    Raises `UserError` before anything runs if something is unknown or is missing.
+    Raises `UserError`, which names the study's file, before anything runs if something is unknown or is missing.
     """
+    try:
+        return _expand(study)
+    except UserError as error:
+        if str(study.file) in str(error):
+            raise
+        raise UserError(f"{study.file}: {error}") from error
+
+
+def _expand(study: Study) -> Expansion:
     where = str(study.file)
     protocol = get_protocol(study.protocol)
     milestones = {
@@ -122,7 +131,7 @@ def expand(study: Study) -> Expansion:
         for variant in study.variants
         for name in study.backbones
     }
-    requests = {key: [_request(study, options) for options in of_run] for key, of_run in options_of.items()}
+    requests = {key: [request_from(options) for options in of_run] for key, of_run in options_of.items()}
     for (_, name, _), (request, *_) in requests.items():
         if request.spec.kind != "denoiser":
             raise UserError(f"{where}: backbone {name!r} is one part of a system and cannot generate images alone")
@@ -176,7 +185,7 @@ def _milestones(study: Study, variant: str, name: str, protocol: Protocol) -> tu
                 # The reference is counted with its own recipe in this study: the same target for all backbones.
                 reference_recipe = _recipe(study, variant, value.backbone, protocol)
                 reference_name, target = training_target(protocol, reference_recipe, match=value, budget=None)
-            budget_steps.add(solve_training(compute, recipe, reference_name, target, auxiliary).steps)
+            budget_steps.add(solve_training(spec, compute, recipe, reference_name, target, auxiliary).steps)
     if study.evaluate_at and max(study.evaluate_at) > max(budget_steps):
         raise UserError(
             f"{study.file}: evaluate_at {max(study.evaluate_at)} is more than the {max(budget_steps)} training steps of {name}; lower it"
@@ -200,21 +209,11 @@ def _options(
     settings = {**study.settings, **study.variants[variant].settings}
     if sampling_seed is not None:
         settings["sampling_seed"] = sampling_seed
-    try:
-        return RunOptions(
-            backbone=name, protocol=study.protocol, seed=seed, steps=milestones[-1], evaluate_at=milestones[:-1] or None,
-            set=study.recipe_of(name, variant), cfg=scale, report=False,
-            **settings,
-        )  # fmt: skip
-    except UserError as error:
-        raise UserError(f"{study.file}: {error}") from error
-
-
-def _request(study: Study, options: RunOptions) -> Request:
-    try:
-        return request_from(options)
-    except UserError as error:
-        raise UserError(f"{study.file}: {error}") from error
+    return RunOptions(
+        backbone=name, protocol=study.protocol, seed=seed, steps=milestones[-1], evaluate_at=milestones[:-1] or None,
+        set=study.recipe_of(name, variant), cfg=scale, report=False,
+        **settings,
+    )  # fmt: skip
 
 
 def _command(study: Study, options: RunOptions) -> tuple[str, ...]:

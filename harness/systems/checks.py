@@ -51,10 +51,11 @@ def check_system(system: System) -> None:
                 f"{where}: the objective {objective.name} gives its network x and t in other units than a classifier was "
                 "trained in; a classifier cannot guide it"
             )
-        if system.base.spec.time != "timestep":
+        if system.base.spec.time != "timestep" or system.base.spec.times == 2:
+            end = ", and the end of a step" if system.base.spec.times == 2 else ""
             raise UserError(
-                f"{where}: {system.base.backbone} takes another time ({system.base.spec.time}) than a classifier was trained "
-                "with; a classifier cannot guide it"
+                f"{where}: {system.base.backbone} takes another time ({system.base.spec.time}{end}) than a classifier was "
+                "trained with; a classifier cannot guide it"
             )
     _check_sizes(system, where)
 

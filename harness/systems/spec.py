@@ -39,6 +39,7 @@ from harness.diffusion.guidance import Guidance
 from harness.diffusion.sampler_plan import (
     NOMINAL_EVALUATIONS,
     AnyPlan,
+    check_times,
     guided_evaluations,
     not_known,
     reference_plan,
@@ -128,6 +129,7 @@ class Component:
 
     def plan(self) -> AnyPlan:
         """The plan of the sampler. Raises `UserError` if sampler, schedule and steps do not fit together."""
+        check_times(self.spec, registry.objectives.get(self.objective))
         return sampler_plan(
             self.sampler, self.steps, schedule=self.schedule, diffusion_steps=self.diffusion_steps,
             objective=self.objective, eta=self.eta, clip_denoised=self.clip_denoised, noise_scale=self.noise_scale,
@@ -287,6 +289,7 @@ class System:
 
         assert self.base is not None and self.weak is not None
         plan = self.base.plan()
+        check_times(self.weak.spec, registry.objectives.get(self.weak.objective))
         assert isinstance(plan, SamplerPlan)  # `check_system` has refused a weak network beside an adaptive sampler
         return reference_plan(
             plan, objective=self.weak.objective, schedule=self.weak.schedule,

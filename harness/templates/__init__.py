@@ -43,6 +43,7 @@ def write_package(name: str, frameworks: tuple[str, ...], folder: Path) -> list[
         "class_name": _class(package),
         "builders": ", ".join(f'"{each}": "{package}.{each}_model:{_class(package)}"' for each in wanted),
         "frameworks": " and ".join(wanted),
+        "framework": "" if "torch" in wanted else f" --framework {wanted[0]}",
         "extra": "[jax]" if "jax" in wanted else "",
         "checked": ", ".join(f'"{each}"' for each in wanted),
     }

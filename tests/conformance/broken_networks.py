@@ -62,6 +62,33 @@ class Masked(nn.Module):
         return self.out(tokens).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+class SkipsForTheBatch(Good):
+    """Stochastic depth that leaves a layer out for all images at once."""
+
+    kept = 0.5
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.inner = nn.Conv2d(arguments["width"], arguments["width"], 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        h = self.into(x) + self.condition(t, y)[:, :, None, None]
+        return self.out(h + self.branch(h))
+
+    def branch(self, h: Tensor) -> Tensor:
+        if self.training and torch.rand(()) > self.kept:
+            return torch.zeros_like(h)
+        return self.inner(h)
+
+
+class SkipsImages(SkipsForTheBatch):
+    """The same for each image on its own."""
+
+    def branch(self, h: Tensor) -> Tensor:
+        kept = torch.rand(len(h), 1, 1, 1, device=h.device) < self.kept
+        return self.inner(h) * kept / self.kept if self.training else self.inner(h)
+
+
 class FloatTime(Good):
     """Takes float32 times alone, of size 1."""
 

@@ -106,6 +106,19 @@ def test_training_compute_of_masked_training_is_counted_apart():
     assert "in Compute.training of the closed form" in message
 
 
+def test_stochastic_depth_is_of_each_image():
+    found = findings(networks.spec_of(networks.SkipsForTheBatch))
+    (message,) = [each.message for each in found if each.check == "compute" and each.status == "failed"]
+    assert (
+        "expected the same flops at each call in training mode, came 27,664 to 64,528: for stochastic depth" in message
+    )
+    assert "masked_training" not in message
+    found = findings(networks.spec_of(networks.SkipsImages))
+    assert [each for each in found if each.status == "failed"] == []
+    (remark,) = [each.message for each in found if each.check == "training and sampling mode"]
+    assert "right for dropout and stochastic depth" in remark
+
+
 def test_a_network_states_the_form_of_its_time():
     for form in ("unit", "log-sigma"):
         found = findings(networks.spec_of(networks.FloatTime, time=form))

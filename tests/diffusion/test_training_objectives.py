@@ -232,7 +232,7 @@ def test_what_cannot_be_sampled():
     flow = PROCESSES["flow"]
     table = euler(continuous_grid(flow, 10, "uniform", first=0.0, last=1.0))
     with pytest.raises(UserError, match="cannot be sampled on flow at t = 1: its output does not tell the image there"):
-        make_plan("euler", table, Objective(name="eps"), flow, steps=10, eta=None, clip_denoised=False)
+        make_plan("euler", table, Objective(name="eps"), flow, steps=10, eta=None, clip_denoised=False, time="timestep")
     with pytest.raises(UserError, match="needs a schedule of timesteps"):
         sampler_plan("ddpm", 10, schedule="flow", objective="velocity", **options)
     with pytest.raises(UserError, match="continuous time"):

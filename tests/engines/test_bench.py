@@ -11,6 +11,7 @@ from harness.cli import group
 from harness.engines.torch import bench, resolve, roofline
 from harness.errors import UserError
 from harness.frameworks import torch_transfer
+from harness.spec import BackboneSpec
 
 CPU = torch.device("cpu")
 
@@ -56,6 +57,38 @@ def test_figures_follow_from_images_per_second_by_the_convention(quick, tmp_path
         2 * 0.39 * (96 / 224) ** 2, rel=0.1
     )
     assert found["peak_from"] == "measured matrix product"
+
+
+class OwnChannels(torch.nn.Module):
+    """As many output channels as its input has, whatever the objective."""
+
+    def __init__(self, input_size, in_channels, num_classes, out_channels):
+        super().__init__()
+        self.label, self.out = torch.nn.Embedding(num_classes + 1, 1), torch.nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x, t, y):
+        return self.out(x + self.label(y)[:, :, None, None] + t[:, None, None, None] / 1000)
+
+
+@pytest.fixture
+def own_channels(monkeypatch):
+    defaults = {"input_size": 8, "in_channels": 1, "num_classes": 10, "out_channels": 1}
+    fields = {"defaults": defaults, "null_label": "num_classes", "builders": {"torch": f"{__name__}:OwnChannels"}}
+    registry.backbones.names()  # loads it, so that what is restored is whole
+    for name in ("_items", "_owners"):
+        monkeypatch.setattr(registry.backbones, name, {**getattr(registry.backbones, name)})
+    registry.backbones.register(BackboneSpec(name="own-channels", **fields))
+    registry.backbones.register(BackboneSpec(name="of-two-times", times=2, **fields))
+
+
+def test_a_network_without_room_for_a_variance_is_measured(quick, own_channels):
+    code, stdout, error = invoke(
+        "--backbone", "own-channels", "--batch", "2", "--sampling-steps", "2", "--stages", "training,sampling", "--json"
+    )
+    assert code == 0, error
+    assert [row["stage"] for row in json.loads(stdout)["rows"]] == ["training", "sampling"]
+    _, _, error = invoke("--backbone", "of-two-times")
+    assert isinstance(error, UserError) and "is given two times, and only networks of one" in str(error)
 
 
 def test_a_table_is_what_a_person_gets(quick):

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -307,7 +308,7 @@ def test_image_i_does_not_know_its_company(folder, vq):
         for i in range(5):
             assert torch.equal(decoder.decode(z[i : i + 1])[0], together[i])
         assert torch.equal(decoder.decode(z.flip(0)).flip(0), together)
-        batched = load_autoencoder(str(path), batch=2).decode(z)
+        batched = replace(decoder, batch=2).decode(z)
         torch.testing.assert_close(batched, together, rtol=0, atol=1e-5)
 
 
@@ -324,7 +325,7 @@ def test_an_image_that_is_not_finite_is_a_failure(folder):
     with pytest.raises(RunError, match=r"image 1 of 3 is not finite"):
         load_autoencoder(str(folder)).decode(z)
     with pytest.raises(RunError, match=r"image 1 of 3 is not finite"):
-        load_autoencoder(str(folder), batch=2).decode(z)
+        replace(load_autoencoder(str(folder)), batch=2).decode(z)
 
 
 def test_latents_of_another_shape_are_refused(folder):

@@ -283,3 +283,27 @@ def test_networks_pass_the_checks(home):
         assert ["masked training: " in found[-1].message] == [name == "doors-masked"]
     other = subject_of(registry.backbones.get("doors-sigma"), "jax", without)
     assert parity(subject, other).status == "ok"
+
+
+def test_masked_training_in_jax_alone(home):
+    """Counted in JAX, checked, trained and sampled, without a torch network."""
+    spec, (tokens, width) = registry.backbones.get("doors-masked-jax"), (64, 16)
+    around = 2 * width + tokens * width * (1 + 1)
+    arguments = {"out_channels": 1}
+    found = list(run_checks(subject_of(spec, "jax", arguments), ALL["jax"]))
+    assert [each for each in found if each.status == "failed"] == []
+    (remark,) = [each.message for each in found if each.check == "compute"]
+    assert "masked training: " in remark and "in sampling" in remark
+    compute = spec.count(input_size=8, in_channels=1, num_classes=10, **arguments)
+    assert compute.flops == around + tokens * width**2 and compute.in_training.flops == around + tokens // 2 * width**2
+    (failure,) = run_checks(
+        subject_of(replace(spec, masked_training=False), "jax", arguments), {"compute": ALL["jax"]["compute"]}
+    )
+    assert "give the spec masked_training=True" in failure.message
+    words = ("--backbone", "doors-masked-jax", "--protocol", "doors-steps", "--set", "objective=velocity")
+    harness("run", *words, "--framework", "jax", "--out", "runs/masked-jax", *WORDS)
+    losses = [row["mse"] for row in training_of("runs/masked-jax")]
+    assert np.isfinite(losses).all() and losses[-1] < losses[0]
+    record = records_of("runs/masked-jax/records.jsonl")["doors_gap"]
+    assert (record["framework"], record["gflops"]) == ("jax", compute.gflops)
+    assert record["training"]["forward_gflops"] == compute.in_training.gflops

@@ -14,11 +14,14 @@ from click.testing import CliRunner
 from small_vae import save_vae
 
 from backbones.autoencoders.spec import KNOWN
+from evaluators.features.spec import FeatureSpec
+from harness import registry
 from harness.autoencoders.files import identity_behind_latents
 from harness.cli import group
 from harness.data import latents
 from harness.data.load import training_data
 from harness.engines.backend import get_backend
+from harness.engines.torch import repa
 from harness.errors import UserError
 from harness.pipeline.sample import decoder_of
 from harness.pipeline.train import RunSession
@@ -214,7 +217,7 @@ def test_both_frameworks_learn_the_same_latents(home, tmp_path):
     in_torch = get_backend("torch").make_engine(one.request, one.run, one.data, net)
     in_jax = get_backend("jax").make_engine(other.request, other.run, other.data, flax_net)
 
-    x0, draws = in_torch._batch(range(55, 67))
+    x0, _, draws = in_torch._batch(range(55, 67))
     rows = in_torch._stream.rows(positions)
     view = (uniform(0, Purpose.FLIP, positions, 0) < 0.5).astype(int)
     assert 0 < view.sum() < 12
@@ -374,3 +377,60 @@ def test_without_the_files_of_its_suite_a_run_ends_with_samples_and_the_command_
     assert command in result.stdout and not (tmp_path / "run" / "records.jsonl").exists()
     text = refused("run", *shared, "--inception", tmp_path / "none.pb", "--out", tmp_path / "other")
     assert "none.pb: no such file" in text and not (tmp_path / "other").exists()
+
+
+def load_tokens(spec, device):
+    """The mean colours of four by four patches as tokens."""
+    return lambda images: torch.nn.functional.avg_pool2d(images, 8).flatten(2).transpose(1, 2)
+
+
+@pytest.fixture
+def colours(monkeypatch):
+    """An encoder of images of 32 pixels, registered as "colours"."""
+    spec = FeatureSpec(
+        name="colours", dim=3, classes=None, input_size=32, loader="nowhere:load", description="mean colours",
+        tokens=f"{__name__}:load_tokens",
+    )  # fmt: skip
+    monkeypatch.setattr(repa, "PROJECTOR_WIDTH", 16)
+    before = {**vars(registry.features)}
+    registry.features._items, registry.features._owners = dict(before["_items"]), dict(before["_owners"])
+    registry.features.register(spec)
+    yield
+    vars(registry.features).update(before)
+
+
+ALIGNED = ("--set", "auxiliary=repa:colours:blocks.0", "--set", "flip=true")
+
+
+def test_the_encoder_of_an_auxiliary_loss_sees_the_images_behind_the_latents(home, colours, tmp_path):
+    out = tmp_path / "aligned"
+    done("run", *words(home, *ALIGNED, "--steps", "4", "--out", out))
+    run = open_run(out)
+    rows = [json.loads(line) for line in run.log.read_text().splitlines()]
+    assert all(-1 <= row["repa"] <= 1 and row["repa"] != 0 for row in rows)
+    record = json.loads(run.records.read_text().splitlines()[0])
+    heads = 4 * (16 * 192 + 16 * 16 + 3 * 16)  # multiply-adds of the projector at 4 tokens of DiT-XS, 192 wide
+    assert record["training"]["auxiliary_gflops"] == pytest.approx(4 * 12 * 3 * heads / 1e9)
+    request = make_request(
+        backbone="dit-xs-2", protocol=str(home / "task.toml"), data=home / "cache", steps=4,
+        settings={"auxiliary": "repa:colours:blocks.0", "flip": "true"},
+    )  # fmt: skip
+    data = training_data(request.protocol, home / "cache")
+    engine = get_backend("torch").make_engine(request, run, data, None)
+    _, images, _ = engine._batch(range(48))
+    positions = np.arange(48)
+    pixels = np.load(home / "images.npz")["arr_0"][engine._stream.rows(positions)]
+    mirrored = uniform(0, Purpose.FLIP, positions, 0) < 0.5
+    pixels[mirrored] = pixels[mirrored, :, ::-1]
+    assert 10 < mirrored.sum() < 38
+    np.testing.assert_allclose(images.numpy(), pixels.transpose(0, 3, 1, 2) / 127.5 - 1, atol=1e-6)
+
+
+def test_images_that_an_encoder_needs_are_asked_for_before_the_first_step(home, colours, tmp_path):
+    cache = tmp_path / "cache"
+    shutil.copytree(home / "cache", cache)
+    meta = json.loads((cache / "meta.json").read_text())
+    meta["places"]["images"] = str(tmp_path / "gone.npz")
+    (cache / "meta.json").write_text(json.dumps(meta))
+    said = refused("train", *words(home, *ALIGNED, "--steps", "4", "--out", tmp_path / "run", cache=cache))
+    assert "gone.npz); put them back, because the encoder of the auxiliary loss needs them" in said

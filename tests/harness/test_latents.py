@@ -53,7 +53,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(folder):
-    return load_autoencoder(str(folder), batch=64)
+    return dataclasses.replace(load_autoencoder(str(folder)), batch=64)
 
 
 @pytest.fixture(scope="module")

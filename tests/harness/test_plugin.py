@@ -177,6 +177,13 @@ def test_a_new_package_installs_passes_the_checks_and_trains(framework, place, t
         assert len((tmp_path / each / "log.jsonl").read_text().splitlines()) == 6
 
 
+def test_a_package_in_jax_alone_is_run_in_jax(tmp_path):
+    done = harness("new", "only-jax", "--framework", "jax", cwd=tmp_path)
+    assert done.stdout.endswith("harness run --backbone only-jax --framework jax\n"), done.stdout
+    text = (tmp_path / "only-jax/README.md").read_text()
+    assert text.count("harness run --backbone only-jax --framework jax ") == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

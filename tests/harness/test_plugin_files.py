@@ -1,7 +1,9 @@
 """`--plugin FILE.py`: a network, a metric and an objective in one file without packaging."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ import few_digits
 import pytest
 from click.testing import CliRunner
 
+from evaluators.suites import _estimates
 from harness import registry
 from harness.cli import group
 from harness.errors import RunError, UserError
@@ -240,6 +243,88 @@ def test_what_is_wrong_with_a_file_is_one_line(text, message, place):
     assert code == 2 and message in said and "\n" not in said, said
     assert not any("harness_plugin_mine" in name for name in sys.modules)
     assert "dit-xl-2" in harness("list", "backbones")[1]
+
+
+BREAKS = """
+from harness.diffusion.objectives import Objective, Target
+
+def target(at, xp):
+    if xp.__name__ in ("torch", "jax.numpy"):
+        return {}["of training"]
+    return Target(0.0, 1.0)
+
+OBJECTIVES = Objective(name="breaks", target=target)
+"""
+
+
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
+def test_what_fails_in_the_code_of_a_file_during_a_run_is_one_line(framework, place):
+    Path("breaks.py").write_text(BREAKS)
+
+    def train(**environment):
+        words = ("train", "--plugin", "breaks.py", "--set", "objective=breaks", "--framework", framework, "--out", "r")
+        command = (sys.executable, "-m", "harness", *words, "--backbone", "dit-3xs-4", *TRAIN[2:])
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+    done = train()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert "KeyError: 'of training' (breaks.py, line 6)" in line
+    if framework == "torch":
+        assert f"harness: plug-in {Path('breaks.py').resolve()} failed: " in line and "HARNESS_TRACEBACK=1" in line
+    text = train(HARNESS_TRACEBACK="1").stderr
+    assert 'return {}["of training"]' in text and text.splitlines()[-1] == line
+
+
+WRONG_DATA = """
+import numpy as np
+from harness import ImageSet
+from harness.data import DatasetSpec
+from evaluators.metrics import Metric
+
+def made(images=np.uint8, labels=np.int64):
+    return ImageSet(name="wrong", images=np.zeros((20, 8, 8, 1), images), labels=np.zeros(20, labels))
+
+def floats(folder):
+    return made(np.float32)
+def labels(folder):
+    return made(labels=np.int32)
+def fails(folder):
+    return {}["x"]
+def number(folder):
+    return 3
+def raises(inputs):
+    raise ValueError("bad thing")
+def half(inputs):
+    return 0.5
+
+DATASETS = tuple(
+    DatasetSpec(name=f"wrong-{name}", summary="", loader=f"{__name__}:{name}", images=20)
+    for name in ("floats", "labels", "fails", "number")
+)
+METRICS = tuple(
+    Metric(key=name, direction="lower", minimum=20, paper="", compute=f"{__name__}:{name}") for name in ("raises", "half")
+)
+"""
+
+
+def test_what_is_wrong_with_data_and_metrics_of_a_file_is_one_line(place):
+    Path("wrong.py").write_text(WRONG_DATA)
+    files.load_plugin(Path("wrong.py"))
+    for name, message in {
+        "floats": r"images are float32 \(20, 8, 8, 1\); they must be uint8 \(N, H, W, C\)",
+        "labels": r"labels are int32 \(20,\); they must be int64 \(20,\)",
+        "fails": r"'wrong-fails': its loader .*:fails failed: KeyError: 'x' \(wrong.py, line 15\)",
+        "number": r"'wrong-number': its loader .*:number gave a int, not a harness.ImageSet",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            registry.datasets.get(f"wrong-{name}").load(None)
+    for name, message in {
+        "raises": r"metric raises of wrong.py: .*:raises failed: ValueError: bad thing \(wrong.py, line 19\)",
+        "half": r"metric half of wrong.py: .*:half gave a float; it must give \{'half': evaluators.intervals.Estimate",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            _estimates(registry.metrics.get(name), None)
 
 
 def test_a_changed_file_replaces_what_it_had_registered(place):

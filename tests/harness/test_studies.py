@@ -103,6 +103,20 @@ def test_files_of_the_suite_are_asked_for_before_anything_runs(tmp_path):
     assert expanded(features_weights="graph.pb").runs  # the reference is the data set then
 
 
+@pytest.mark.parametrize(
+    "items",
+    [
+        {"backbones": ["dit-xs-5"], "budgets": {"steps": [4]}},
+        {"backbones": ["dit-xs-5"], "budgets": {"match": "dit-xs-4@60"}},
+        {"backbones": ["dit-xs-4"], "budgets": {"match": "dit-xs-5@60"}},
+    ],
+)
+def test_an_unknown_backbone_is_refused_with_the_file(items, tmp_path):
+    with pytest.raises(UserError, match=r"/s\.toml: .*unknown backbone 'dit-xs-5'") as error:
+        expand(from_dict({"protocol": "digits", **items}, tmp_path / "s.toml"))
+    assert str(error.value).count("s.toml") == 1
+
+
 def test_before_anything_runs_all_is_to_do_and_nothing_is_written(study, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = overview(expand(study)).as_dict()

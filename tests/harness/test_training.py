@@ -184,7 +184,7 @@ def test_every_image_is_seen_once_an_epoch(tmp_path):
         seed=0, resolved=shop.run.resolved, data=shop.data,
     )  # fmt: skip
     count = len(shop.data)
-    x, draws = engine._batch(range(count + 5))  # five images into the second epoch
+    x, _, draws = engine._batch(range(count + 5))  # five images into the second epoch
     y = draws.y
     assert x.shape == (count + 5, 1, 8, 8) and x.dtype == torch.float32
     assert x.min() == -1 and x.max() == 1

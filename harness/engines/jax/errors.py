@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import jax
 
-from harness.errors import RunError, UserError
+from harness.errors import RunError, UserError, raised_at
 
 MAX_LENGTH = 200  # characters that are quoted from jax
 
@@ -31,7 +31,8 @@ def errors_in_one_line(where: str, remedy: str) -> Iterator[None]:
         raise RunError(f"out of memory in {where}; {remedy}") from error
     except (TypeError, ValueError, IndexError, AttributeError, KeyError, NotImplementedError) as error:
         # What tracing raises for wrong shapes, wrong types and code that cannot be compiled.
-        raise RunError(f"the network cannot be run in {where}: {type(error).__name__}: {_first_line(error)}") from error
+        text = f"{type(error).__name__}: {_first_line(error)}{raised_at(error)}"
+        raise RunError(f"the network cannot be run in {where}: {text}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,8 @@ Nichol & Dhariwal 2021, sec. 3.1; constants as in openai/guided-diffusion gaussi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -34,7 +36,8 @@ class LossTerms(NamedTuple):
 class DenoisingLoss:
     """The forward process of a recipe, and the loss of a denoiser trained on it.
 
-    t is int32 timesteps, or float32 times of a process in continuous time, (N,) either way.
+    t is int32 timesteps, or float32 times of a process in continuous time, (N,) either way; float32 (N, 2) with the ends of the
+    steps for an objective of two times.
     """
 
     def __init__(self, training: TrainingObjective) -> None:
@@ -43,6 +46,14 @@ class DenoisingLoss:
 
     def times(self, seed: int, positions: Words) -> Array:
         """t of the training examples at these positions (N,) of the stream."""
+        t = self._first_times(seed, positions)
+        if (two_times := self.training.objective.two_times) is None:
+            return t
+        draw = random.uniform(seed, Purpose.END_TIME, positions, 0)
+        return jnp.stack([t, two_times.end_time(t, draw, jnp)], axis=1)
+
+    def _first_times(self, seed: int, positions: Words) -> Array:
+        """t (N,), without the ends of steps."""
         training, process = self.training, self.training.process
         if training.draws_normal:
             draw = random.normal(seed, Purpose.TIMESTEP, positions, 0, (1,))[:, 0]  # (N,)
@@ -62,18 +73,40 @@ class DenoisingLoss:
         return result
 
     def network_inputs(self, xt: Array, t: Array) -> tuple[Array, Array]:
-        """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int32 or float32 (N,)."""
-        given = self.training.network_time(t, lambda: self._coefficients(t), jnp)
+        """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int32 or float32 (N,), or float32 (N, 2)."""
+        if t.ndim == 1:
+            given = self.training.network_time(t, lambda: self._coefficients(t), jnp)
+        else:
+            columns = [self.training.network_time(c, partial(self._coefficients, c), jnp) for c in (t[:, 0], t[:, 1])]
+            given = jnp.stack(columns, axis=1)
         scale = self.training.objective.input_scale
         if isinstance(self.training.process, Schedule) or scale is None:
             return xt, given
         return scale(self._coefficients(t), jnp) * xt, given
 
-    def terms(self, output: Array, x0: Array, t: Array, noise: Array) -> LossTerms:
+    def step_target(
+        self,
+        net: Callable[[Array, Array], Array],  # of (x, t) as `network_inputs` gives them
+        x0: Array,
+        t: Array,
+        noise: Array,
+    ) -> Array | None:
+        """What a network of two times is to predict, float32 (N, C, H, W); None for all others. It has no gradient."""
+        if self.training.objective.two_times is None:
+            return None
+
+        def predict(x: Array, t: Array, r: Array) -> Array:
+            return net(*self.network_inputs(x, jnp.stack([t.reshape(-1), r.reshape(-1)], axis=1))).astype(jnp.float32)
+
+        columns = t[:, 0, None, None, None], t[:, 1, None, None, None]
+        wanted = self.training.wanted_of_step(predict, x0, noise, columns, self._coefficients(t), jnp)
+        return jax.lax.stop_gradient(wanted.astype(jnp.float32))
+
+    def terms(self, output: Array, x0: Array, t: Array, noise: Array, step_target: Array | None = None) -> LossTerms:
         """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.
 
         output: (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t). x0, noise: float32
-        (N, C, H, W), noise what x_t was made with.
+        (N, C, H, W), noise what x_t was made with. step_target: of the method.
         """
         objective = self.training.objective
         assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
@@ -81,7 +114,9 @@ class DenoisingLoss:
             assert self._tables is not None  # `check_fit` refuses it in continuous time
             return hybrid_loss(self._tables, output, x0, t, noise)
         at = self._coefficients(t)
-        error = self.training.squared_error(output.astype(jnp.float32), x0, noise, t[:, None, None, None], at, jnp)
+        wanted = self.training.wanted(x0, noise, at, jnp) if step_target is None else step_target
+        first = t if t.ndim == 1 else t[:, 0]
+        error = self.training.squared_error(output.astype(jnp.float32), wanted, first[:, None, None, None], at, jnp)
         mse = _mean(error)
         return LossTerms(mse, jnp.zeros_like(mse))
 
@@ -92,7 +127,8 @@ class DenoisingLoss:
             assert self._tables is not None
             nan = float("nan")  # a table has no derivatives
             return Coefficients(_at(self._tables.sqrt_abar, t), _at(self._tables.sqrt_one_minus_abar, t), nan, nan)
-        return process.coefficients(t[:, None, None, None], jnp)
+        first = t if t.ndim == 1 else t[:, 0]
+        return process.coefficients(first[:, None, None, None], jnp)
 
 
 class LossTables:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from harness.diffusion.sampler_plan import check_times
 from harness.diffusion.training import TrainingObjective
 from harness.engines.jax.loss import DenoisingLoss
 from harness.engines.loss_terms import loss_terms_of
@@ -27,7 +28,9 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe, spec.time))
+        training = TrainingObjective.from_recipe(recipe, spec.time)
+        check_times(spec, training.objective)
+        self._loss = DenoisingLoss(training)
 
     def losses(self, net: Callable[..., Array], x0: Array, y: Array, positions: Words) -> dict[str, Array]:
         """The loss terms by name, float32 (N,) each; the names are those of `loss_terms`.
@@ -36,9 +39,9 @@ class LossFunction:
         latents. y: labels int32 (N,). positions: (N,) in the stream of examples.
         """
         recipe, seed = self._recipe, self._seed
-        t = self._loss.times(seed, positions)  # (N,)
+        t = self._loss.times(seed, positions)  # (N,) or (N, 2)
         noise = random.normal(seed, Purpose.TRAINING_NOISE, positions, 0, x0.shape[1:])  # (N, C, H, W)
-        xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,)
+        xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,) or (N, 2)
         if self._kind == "classifier":
             logits = net(xt, network_t).astype(jnp.float32)  # (N, num_classes)
             log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1)[:, 0]  # (N,)
@@ -50,7 +53,8 @@ class LossFunction:
             output = net(xt, network_t, y, self._low_resolution(x0, positions))
         else:
             output = net(xt, network_t, y)
-        mse, vb = self._loss.terms(output, x0, t, noise)
+        step_target = self._loss.step_target(lambda x, t: net(x, t, y), x0, t, noise)
+        mse, vb = self._loss.terms(output, x0, t, noise, step_target)
         return {"mse": mse, "vb": vb}
 
     def _low_resolution(self, x0: Array, positions: Words) -> Array:

@@ -40,7 +40,7 @@ class PlanArrays(NamedTuple):
     Arrays of numpy, or of jax inside a compiled function.
     """
 
-    times: Any  # what the network is given as time: int32 timesteps, or float32
+    times: Any  # what the network is given as time: int32 timesteps, or float32; (rows, 2) with the ends of steps
     x0_from_x: Any
     x0_from_output: Any
     x0_from_gradient: Any

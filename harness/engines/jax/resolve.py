@@ -42,12 +42,12 @@ def refuse_torch_options(precision: str = "float32", compile: str = "off", deter
 
 
 def inputs_of(
-    kind: str, images: int, arguments: dict[str, Any], seed: int = 0, time_form: str = "timestep"
+    kind: str, images: int, arguments: dict[str, Any], seed: int = 0, time_form: str = "timestep", times: int = 1
 ) -> tuple[np.ndarray, ...]:
     """Random inputs of a network of `kind`, in the order of its call. kind: of `harness.spec.KINDS`, except "generator".
 
     x float32 (images, C, H, W), t int32 (images,), or float32 of another form of time than timesteps
-    (`harness.spec.TIMES`), y int32 (images,) unless it is a classifier, and for an upsampler the image at low resolution,
+    (`harness.spec.TIMES`), float32 (images, 2) of two times, y int32 (images,) unless it is a classifier, and for an upsampler the image at low resolution,
     float32 (images, C, s, s).
     """
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -55,6 +55,8 @@ def inputs_of(
     x = generator.standard_normal((images, channels, size, size), np.float32)
     steps = generator.integers(0, 1000, images)
     t = steps.astype(np.int32) if time_form == "timestep" else (steps / 1000).astype(np.float32)
+    if times == 2:
+        t = np.stack([t, t / 2], axis=1).astype(np.float32)
     # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = generator.integers(0, max(arguments["num_classes"], 1), images).astype(np.int32)
     inputs: tuple[np.ndarray, ...] = (x, t) if kind == "classifier" else (x, t, y)
@@ -65,7 +67,7 @@ def inputs_of(
 
 
 def measure(
-    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, kind: str, time_form: str,
+    net: nnx.Module, images: int, arguments: dict[str, Any], mesh: Mesh, precision: str, spec: BackboneSpec,
     stop_seconds: float,
 ) -> float:  # fmt: skip
     """Seconds of forward and backward for one image: the best of PROBE_REPEATS passes over `images` images each.
@@ -84,7 +86,8 @@ def measure(
     best = float("inf")
     with errors_in_one_line("a first training step", LESS_MEMORY), matmul_context(precision):
         inputs = tuple(
-            devices.to_device(array, sharding) for array in inputs_of(kind, images, arguments, time_form=time_form)
+            devices.to_device(array, sharding)
+            for array in inputs_of(spec.kind, images, arguments, time_form=spec.time, times=spec.times)
         )
         params, rest = devices.to_device((params, rest), shardings)
         compiled = function.lower(params, rest, *inputs).compile()
@@ -135,7 +138,7 @@ def resolve(
     for candidate in candidates:
         # A pass that shows this precision to be far slower than another is not repeated.
         stop_seconds = min([LONG_SECONDS, *(FAR_SLOWER * images * other for other in seconds.values())])
-        seconds[candidate] = measure(net, images, arguments, mesh, candidate, spec.kind, spec.time, stop_seconds)
+        seconds[candidate] = measure(net, images, arguments, mesh, candidate, spec, stop_seconds)
     # All processes take the precision that is fastest in the main process. `broadcast` takes an integer: its index.
     local_fastest = candidates.index(min(seconds, key=lambda name: seconds[name]))
     fastest = candidates[devices.broadcast(local_fastest)]

@@ -141,9 +141,10 @@ def _predicted(
 
 
 def _evaluated(predict: Predict, form: PlanForm, arrays: PlanArrays, x: Array, k: Array) -> tuple[Array, Array, Array]:
-    """(D (N, C, H, W) not yet clamped, the network's output (N, C or 2 C, H, W), its time (N,)) at row k."""
+    """(D (N, C, H, W) not yet clamped, the network's output (N, C or 2 C, H, W), its time (N,) or (N, 2)) at row k."""
     samples, channels = x.shape[:2]
-    t = jnp.full((samples,), arrays.times[k])
+    times = arrays.times[k]
+    t = jnp.full((samples,), times) if times.ndim == 0 else jnp.broadcast_to(times, (samples, 2))
     seen = arrays.input_scale[k] * x if form.scales_input else x
     out = predict(seen, t, k).astype(jnp.float32)
     check_channels(form, out.shape[1], channels)  # at tracing time

@@ -6,7 +6,6 @@ torch's names and in torch's shapes, so that either framework can sample from th
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -20,7 +19,7 @@ import optax
 from flax import nnx
 from jax import Array
 
-from backbones.flax_layers import initial_rngs, set_compute_dtype
+from backbones.flax_layers import dropout_rngs, initial_rngs, set_compute_dtype
 from backbones.flax_weights import state_from_torch, state_to_torch
 from harness.data.epoch_sampler import EpochSampler
 from harness.data.examples import Examples
@@ -310,16 +309,6 @@ def matmul_context(precision: str) -> AbstractContextManager[object]:
     most products are bfloat16 then, see COMPUTE_DTYPES.
     """
     return jax.default_matmul_precision("highest") if precision == "float32" else nullcontext()
-
-
-def dropout_rngs(net: nnx.Module, key: Array) -> dict[str, nnx.Rngs]:
-    """The keyword arguments of a call of `net`: {"rngs": generator of dropout} if it takes one, else {}.
-
-    key: uint32 (2,), of that generator.
-    """
-    if "rngs" not in inspect.signature(type(net).__call__).parameters:
-        return {}
-    return {"rngs": nnx.Rngs(dropout=jax.random.wrap_key_data(key, impl="threefry2x32"))}
 
 
 def without_rngs(state: nnx.State) -> nnx.State:

@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 class AuxiliaryHeads:
     """The heads and the encoder of one training. Call `loss` after a forward pass of the network within `tapping`.
 
-    heads: the module, whose parameters are trained. weight: of the loss.
+    heads: the module, whose parameters are trained. weight: of the loss. image: (channels, side) of the encoder's images.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class AuxiliaryHeads:
         wanted: Auxiliary,
         spec: BackboneSpec,
         arguments: Mapping[str, Any],
+        image: tuple[int, int],
         *,
         seed: int,
         device: torch.device = CPU,
@@ -41,9 +42,9 @@ class AuxiliaryHeads:
         self.weight = loss.weight if wanted.weight is None else wanted.weight
         self._tapped: dict[str, Tensor] = {}
         self._encode = _load_encoder(wanted, device)
-        size, channels = arguments["input_size"], arguments["in_channels"]
+        channels, side = image
         with torch.no_grad():
-            tokens = None if self._encode is None else self.tokens(torch.zeros(1, channels, size, size, device=device))
+            tokens = None if self._encode is None else self.tokens(torch.zeros(1, channels, side, side, device=device))
         builder = load_attribute(loss.builders["torch"], f"heads of auxiliary loss {loss.name!r}")
         shapes = tapped_shapes(spec, arguments, wanted)
         # The network has position 0 of this purpose (`trainer.build`).
@@ -76,32 +77,37 @@ class AuxiliaryHeads:
 
         return keep
 
-    def tokens(self, x0: Tensor) -> Tensor:
+    def tokens(self, images: Tensor) -> Tensor:
         """The encoder's tokens, float32 (N, T, D), of images float32 (N, C, H, W) in [-1, 1]."""
         assert self._encode is not None
-        with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
-            tokens = self._encode(x0)
-        if not isinstance(tokens, Tensor) or tokens.dim() != 3 or len(tokens) != len(x0):
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            tokens = self._encode(images)
+        if not isinstance(tokens, Tensor) or tokens.dim() != 3 or len(tokens) != len(images):
             raise UserError(f"features {self.wanted.encoder}: expected tokens (N, T, D), came {_shape(tokens)}")
         return tokens.float()
 
-    def loss(self, x0: Tensor) -> Tensor:
-        """The loss of each image, float32 (N,), from the outputs that the last call of the network has left."""
-        tokens = None if self._encode is None else self.tokens(x0)
+    def loss(self, images: Tensor) -> Tensor:
+        """The loss of each image, float32 (N,), from the outputs that the last call of the network has left.
+
+        images: those that the batch was made of, float32 (N, C, H, W) in [-1, 1]; latents where there is no encoder.
+        """
+        tokens = None if self._encode is None else self.tokens(images)
         tapped = {tap: self._tapped.pop(tap).float() for tap in self.wanted.taps}
         values = self.heads(tapped, tokens)
-        if not isinstance(values, Tensor) or values.shape != (len(x0),):
+        if not isinstance(values, Tensor) or values.shape != (len(images),):
             raise UserError(
-                f"auxiliary loss {self.wanted.name!r}: expected the loss of each image ({len(x0)},), came {_shape(values)}"
+                f"auxiliary loss {self.wanted.name!r}: expected the loss of each image ({len(images)},), came {_shape(values)}"
             )
         return values.float()
 
 
-def count(spec: BackboneSpec, arguments: Mapping[str, Any], wanted: Auxiliary) -> AuxiliaryCompute:
-    """The compute of the auxiliary loss on one image, counted by the convention of `harness.compute`."""
-    heads = AuxiliaryHeads(wanted, spec, arguments, seed=0)
-    size, channels = arguments["input_size"], arguments["in_channels"]
-    x0 = torch.zeros(1, channels, size, size)
+def count(
+    spec: BackboneSpec, arguments: Mapping[str, Any], wanted: Auxiliary, image: tuple[int, int]
+) -> AuxiliaryCompute:
+    """The compute of the auxiliary loss on one image (channels, side), counted by the convention of `harness.compute`."""
+    heads = AuxiliaryHeads(wanted, spec, arguments, image, seed=0)
+    channels, side = image
+    pixels = torch.zeros(1, channels, side, side)
 
     def flops(call: Callable[[], object]) -> int:
         counter = OperatorCounter(f"{wanted.name} of {spec.name}", ())
@@ -109,10 +115,10 @@ def count(spec: BackboneSpec, arguments: Mapping[str, Any], wanted: Auxiliary) -
             call()
         return sum(row.flops for row in counter.rows)
 
-    tokens = None if not wanted.encoder else heads.tokens(x0)
+    tokens = None if not wanted.encoder else heads.tokens(pixels)
     tapped = {tap: torch.zeros(1, *shape) for tap, shape in tapped_shapes(spec, arguments, wanted).items()}
     return AuxiliaryCompute(
-        encoder=flops(lambda: heads.tokens(x0)) if wanted.encoder else 0,
+        encoder=flops(lambda: heads.tokens(pixels)) if wanted.encoder else 0,
         heads=flops(lambda: heads.heads(tapped, tokens)),
         params=sum(weight.numel() for weight in heads.heads.parameters() if weight.requires_grad),
     )

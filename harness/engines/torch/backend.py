@@ -10,6 +10,8 @@ import torch
 from harness.autoencoders.decoder import Decoder
 from harness.compute.activations import activation_bytes_by_precision
 from harness.data.examples import Examples
+from harness.data.load import source_images
+from harness.diffusion.auxiliary import read_auxiliary
 from harness.diffusion.sampler_plan import AnyPlan
 from harness.engines.ema import parts
 from harness.engines.memory import Measured, check_room
@@ -72,6 +74,13 @@ def make_engine(
     net: the network at its initialisation, which the engine trains in place; None builds it. mesh: "DATAxMODEL" for the
     processes at work now; None keeps MODEL of the mesh that the run was created with.
     """
+    images: Examples = data
+    if run.recipe.auxiliary and request.protocol.space == "latents" and read_auxiliary(run.recipe.auxiliary).encoder:
+        remedy = "put them back, because the encoder of the auxiliary loss needs them, or train without it"
+        images = source_images(
+            data.source_paths, data.identity["dataset_sha256"], f"the latents of {run.folder}", remedy
+        )
+        images.check(request.protocol)
     return TorchEngine(
         request.spec,
         build(request.spec, request.arguments, request.seed) if net is None else net,
@@ -80,6 +89,7 @@ def make_engine(
         seed=run.seed,
         resolved=parallel.adapt_to_processes(run.resolved, mesh, run.recipe.batch),
         data=data,
+        images=images,
     )
 
 

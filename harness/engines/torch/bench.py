@@ -108,6 +108,13 @@ class Bench:
         """Multiply-adds of one forward pass on one image."""
         return self.spec.count(**self.arguments).macs
 
+    @property
+    def objective(self) -> str:
+        """The paper's; of a network whose number of output channels is its own and leaves none for a variance, epsilon."""
+        learned, channels = "epsilon-learned-range", self.arguments.get("in_channels", 0)
+        has_room = self.arguments.get("out_channels") in (None, registry.objectives.get(learned).out_channels(channels))
+        return learned if has_room else "epsilon-fixed"
+
     def row(
         self, stage: str, work: Callable[[], object], operations: float | None, *, images: int, micro_batch: int,
         precision: str = "", note: str = "",
@@ -155,7 +162,7 @@ class Bench:
             self.spec,
             build(self.spec, self.arguments, 0),
             arguments=self.arguments,
-            recipe=Recipe(batch=self.batch),
+            recipe=Recipe(batch=self.batch, objective=self.objective),
             seed=0,
             resolved=Resolved(
                 device=str(self.device),
@@ -183,16 +190,12 @@ class Bench:
         # copies: of each sample in the network's batch; guidance adds one without a label
         scale, copies = (1.0, 1) if null is None else (GUIDANCE, 2)
         images = max(1, self.batch // copies)
-        objective, channels = "epsilon-learned-range", self.arguments["in_channels"]
-        # A network with a number of output channels of its own, which has no variance channels.
-        if self.arguments.get("out_channels") not in (None, registry.objectives.get(objective).out_channels(channels)):
-            objective = "epsilon-fixed"
         plan = sampler_plan(
             "ddpm",
             self.sampler_steps,
             schedule="linear",
             diffusion_steps=1000,
-            objective=objective,
+            objective=self.objective,
             time=self.spec.time,
         )
         sampler = TorchSampler(
@@ -262,6 +265,8 @@ def measure(
         raise UserError(f"backbone {spec.name!r} is a generator, which is not trained here; name a denoiser")
     if "torch" not in spec.builders:
         raise UserError(f"backbone {spec.name!r} has no torch network, and only torch's are measured")
+    if spec.times == 2:
+        raise UserError(f"backbone {spec.name!r} is given two times, and only networks of one time are measured")
     if spec.kind != "denoiser":
         stages = tuple(stage for stage in stages if stage == "training")
         if not stages:

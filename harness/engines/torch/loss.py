@@ -6,6 +6,8 @@ Nichol & Dhariwal 2021, sec. 3.1; constants as in openai/guided-diffusion gaussi
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +33,8 @@ class LossTerms(NamedTuple):
 class DenoisingLoss:
     """The forward process of a recipe, and the loss of a denoiser trained on it, on one device.
 
-    t is int64 timesteps, or float32 times of a process in continuous time, (N,) either way.
+    t is int64 timesteps, or float32 times of a process in continuous time, (N,) either way; float32 (N, 2) with the ends of the
+    steps for an objective of two times.
     """
 
     def __init__(self, training: TrainingObjective, device: torch.device | str = "cpu") -> None:
@@ -40,6 +43,14 @@ class DenoisingLoss:
 
     def times(self, seed: int, positions: torch.Tensor) -> torch.Tensor:
         """t of the training examples at these positions int64 (N,) of the stream."""
+        t = self._first_times(seed, positions)
+        if (two_times := self.training.objective.two_times) is None:
+            return t
+        draw = random.uniform(seed, Purpose.END_TIME, positions, 0)
+        return torch.stack([t, two_times.end_time(t, draw, torch)], dim=1)
+
+    def _first_times(self, seed: int, positions: torch.Tensor) -> torch.Tensor:
+        """t (N,), without the ends of steps."""
         training, process = self.training, self.training.process
         if training.draws_normal:
             draw = random.normal(seed, Purpose.TIMESTEP, positions, 0, (1,))[:, 0]  # (N,)
@@ -58,18 +69,50 @@ class DenoisingLoss:
         return at.a * x0 + at.s * noise
 
     def network_inputs(self, xt: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int64 or float32 (N,)."""
-        given = self.training.network_time(t, lambda: self._coefficients(t), torch)
+        """x_t and t as the network sees them: scaled, (N, C, H, W); timesteps int64 or float32 (N,), or float32 (N, 2)."""
+        if t.dim() == 1:
+            given = self.training.network_time(t, lambda: self._coefficients(t), torch)
+        else:
+            columns = [self.training.network_time(c, partial(self._coefficients, c), torch) for c in t.unbind(1)]
+            given = torch.stack(columns, dim=1)
         scale = self.training.objective.input_scale
         if isinstance(self.training.process, Schedule) or scale is None:
             return xt, given
         return scale(self._coefficients(t), torch) * xt, given
 
-    def terms(self, output: torch.Tensor, x0: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> LossTerms:
+    def step_target(
+        self,
+        net: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],  # of (x, t) as `network_inputs` gives them
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """What a network of two times is to predict, float32 (N, C, H, W); None for all others. It has no gradient."""
+        if self.training.objective.two_times is None:
+            return None
+
+        def predict(x: torch.Tensor, t: torch.Tensor, r: torch.Tensor) -> torch.Tensor:
+            return net(*self.network_inputs(x, torch.stack([t.flatten(), r.flatten()], dim=1))).float()
+
+        columns = t[:, :, None, None, None].unbind(1)
+        with torch.no_grad():
+            wanted = self.training.wanted_of_step(
+                predict, x0, noise, (columns[0], columns[1]), self._coefficients(t), torch
+            )
+        return wanted.float()
+
+    def terms(
+        self,
+        output: torch.Tensor,
+        x0: torch.Tensor,
+        t: torch.Tensor,
+        noise: torch.Tensor,
+        step_target: torch.Tensor | None = None,
+    ) -> LossTerms:
         """The terms of the objective: `hybrid_loss` where the variance is learned, the squared error alone where not.
 
         output: (N, objective.out_channels(C), H, W), any float type: the network at (x_t, t). x0, noise: float32
-        (N, C, H, W), noise what x_t was made with.
+        (N, C, H, W), noise what x_t was made with. step_target: of the method.
         """
         objective = self.training.objective
         assert output.shape[1] == objective.out_channels(x0.shape[1]), (output.shape, x0.shape)
@@ -77,7 +120,9 @@ class DenoisingLoss:
             assert self._tables is not None  # `check_fit` refuses it in continuous time
             return hybrid_loss(self._tables, output, x0, t, noise)
         at = self._coefficients(t)
-        mse = _mean(self.training.squared_error(output.float(), x0, noise, t[:, None, None, None], at, torch))
+        wanted = self.training.wanted(x0, noise, at, torch) if step_target is None else step_target
+        first = t if t.dim() == 1 else t[:, 0]
+        mse = _mean(self.training.squared_error(output.float(), wanted, first[:, None, None, None], at, torch))
         return LossTerms(mse, torch.zeros_like(mse))
 
     def _coefficients(self, t: torch.Tensor) -> Coefficients:
@@ -87,7 +132,8 @@ class DenoisingLoss:
             assert self._tables is not None
             nan = float("nan")  # a table has no derivatives
             return Coefficients(_at(self._tables.sqrt_abar, t), _at(self._tables.sqrt_one_minus_abar, t), nan, nan)
-        return process.coefficients(t[:, None, None, None], torch)
+        first = t if t.dim() == 1 else t[:, 0]
+        return process.coefficients(first[:, None, None, None], torch)
 
 
 class LossTables:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.diffusion.sampler_plan import check_times
 from harness.diffusion.training import TrainingObjective
 from harness.engines.loss_terms import loss_terms_of
 from harness.engines.torch.loss import DenoisingLoss
@@ -26,7 +27,7 @@ from harness.spec import BackboneSpec
 class Draws(NamedTuple):
     """The random numbers of one micro-batch: the small ones as they are, noise on images by its keys."""
 
-    t: Tensor  # (N,)
+    t: Tensor  # (N,), or (N, 2) with the ends of steps
     y: Tensor  # int64 (N,): labels, of which some may be the null label
     level: Tensor  # float32 (N,) in [0, 1): of the noise on an upsampler's input; (0,): there is none
     normal: random.JointNormals  # noise on images
@@ -52,7 +53,9 @@ class LossFunction:
         self._kind, self._recipe, self._seed = spec.kind, recipe, seed
         self._low_res_size: int = arguments.get("low_res_size", 0)  # 0: not an upsampler
         self._null_label = spec.null_index(arguments["num_classes"])
-        self._loss = DenoisingLoss(TrainingObjective.from_recipe(recipe, spec.time), device)
+        training = TrainingObjective.from_recipe(recipe, spec.time)
+        check_times(spec, training.objective)
+        self._loss = DenoisingLoss(training, device)
 
     def draws(self, y: Tensor, positions: Tensor) -> Draws:
         """The random numbers of the examples at `positions`, int64 (N,), with labels `y`, int64 (N,); all on the CPU."""
@@ -76,7 +79,9 @@ class LossFunction:
         """
         t, y, level, normal = draws
         noise = normal(Purpose.TRAINING_NOISE, tuple(x0.shape[1:]))  # (N, C, H, W)
-        xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,)
+        # Before the network's own pass, whose activations an auxiliary loss taps.
+        step_target = self._loss.step_target(lambda x, t: net(x, t, y), x0, t, noise)
+        xt, network_t = self._loss.network_inputs(self._loss.noised(x0, t, noise), t)  # (N, C, H, W), (N,) or (N, 2)
         if self._kind == "classifier":
             logits = net(xt, network_t).float()  # (N, num_classes)
             cross_entropy = F.cross_entropy(logits, y, reduction="none")  # (N,)
@@ -85,7 +90,7 @@ class LossFunction:
             output = net(xt, network_t, y, self._low_resolution(x0, level, normal))
         else:
             output = net(xt, network_t, y)
-        mse, vb = self._loss.terms(output, x0, t, noise)
+        mse, vb = self._loss.terms(output, x0, t, noise, step_target)
         return {"mse": mse, "vb": vb}
 
     def _low_resolution(self, x0: Tensor, level: Tensor, normal: random.JointNormals) -> Tensor:

@@ -83,12 +83,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def inputs_of(
-    kind: str, images: int, arguments: dict[str, Any], device: torch.device, time_form: str = "timestep"
+    kind: str, images: int, arguments: dict[str, Any], device: torch.device, time_form: str = "timestep", times: int = 1
 ) -> tuple[torch.Tensor, ...]:
     """Random inputs of a network of `kind`, in the order of its call. kind: of `harness.spec.KINDS`, except "generator".
 
     x float32 (images, C, H, W), t int64 (images,), or float32 of another form of time than timesteps
-    (`harness.spec.TIMES`), y int64 (images,) unless it is a classifier, and for an upsampler the image at low resolution,
+    (`harness.spec.TIMES`), float32 (images, 2) of two times, y int64 (images,) unless it is a classifier, and for an upsampler the image at low resolution,
     float32 (images, C, s, s).
     """
     generator = torch.Generator().manual_seed(0)
@@ -97,6 +97,8 @@ def inputs_of(
     t = torch.randint(0, 1000, (images,), generator=generator)
     if time_form != "timestep":
         t = t / 1000
+    if times == 2:
+        t = torch.stack([t.float(), t / 2], dim=1)
     # A network without classes (num_classes 0) is given label 0, which it does not read.
     y = torch.randint(0, max(arguments["num_classes"], 1), (images,), generator=generator)
     inputs: tuple[torch.Tensor, ...] = (x, t) if kind == "classifier" else (x, t, y)
@@ -108,13 +110,15 @@ def inputs_of(
 
 def measure(
     net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precision: str,
-    kind: str = "denoiser", time_form: str = "timestep",
+    kind: str = "denoiser", time_form: str = "timestep", times: int = 1,
 ) -> float:  # fmt: skip
     """Seconds of forward and backward for one image, by `measure_here`, in the slowest process.
 
     All processes must call this.
     """
-    return process_group.all_max(measure_here(net, images, arguments, device, precision, kind, time_form=time_form))
+    return process_group.all_max(
+        measure_here(net, images, arguments, device, precision, kind, time_form=time_form, times=times)
+    )
 
 
 def product_slowdown(device: torch.device, precision: str) -> float:
@@ -140,6 +144,7 @@ def product_slowdown(device: torch.device, precision: str) -> float:
 def measure_here(
     net: torch.nn.Module, images: int, arguments: dict[str, Any], device: torch.device, precision: str,
     kind: str = "denoiser", repeats: int = PROBE_REPEATS, time_form: str = "timestep",
+    times: int = 1,
 ) -> float:  # fmt: skip
     """Seconds of forward and backward for one image in this process: the best of `repeats` passes after a first one.
 
@@ -147,7 +152,7 @@ def measure_here(
     not wait for other processes. Leaves weights and buffers as they are, and no gradients.
     """
     set_arithmetic(device, precision)
-    inputs = inputs_of(kind, images, arguments, device, time_form)
+    inputs = inputs_of(kind, images, arguments, device, time_form, times)
     best = float("inf")
     buffers = [buffer.clone() for buffer in net.buffers()]
     try:
@@ -212,8 +217,7 @@ def set_deterministic(device: torch.device, deterministic: bool) -> None:
 
 
 def _seconds_by_precision(
-    net: torch.nn.Module, images: dict[str, int], arguments: dict[str, Any], device: torch.device, kind: str,
-    time_form: str,
+    net: torch.nn.Module, images: dict[str, int], arguments: dict[str, Any], device: torch.device, spec: BackboneSpec,
 ) -> dict[str, float]:  # fmt: skip
     """Precision -> seconds of training on one image with all processes at work. All processes must call this.
 
@@ -227,7 +231,7 @@ def _seconds_by_precision(
             logger.info(f"  {precision} is not measured: a matrix product takes {slowdown:.3g} times as long in it")
             continue
         try:
-            local_seconds = measure(net, count, arguments, device, precision, kind, time_form)
+            local_seconds = measure(net, count, arguments, device, precision, spec.kind, spec.time, spec.times)
         except (RuntimeError, TypeError, NotImplementedError) as error:
             if device.type == "cuda" and torch.are_deterministic_algorithms_enabled() and "deterministic" in str(error):
                 raise UserError(
@@ -284,7 +288,7 @@ def resolve(
     # A GPU is measured with the micro-batch that will run: with fewer images it would wait for the launches of its kernels.
     images = {each: min(size, PROBE_IMAGES) if device.type == "cpu" else size for each, size in chosen.items()}
     processes = process_group.size()
-    seconds = _seconds_by_precision(net, images, arguments, device, spec.kind, spec.time)
+    seconds = _seconds_by_precision(net, images, arguments, device, spec)
     fastest = min(seconds, key=lambda name: seconds[name])
     unavailable = compiling.unavailable_reason(device)
     # Either all processes measure compiled code or none: they wait for each other in `choose`.
@@ -292,7 +296,9 @@ def resolve(
         unavailable = "torch.compile is not available in another process"
     choice = compiling.choose(
         compile, net, unavailable=unavailable, seconds=seconds[fastest] * processes, images=local_batch * steps,
-        measure=lambda: measure_here(net, images[fastest], arguments, device, fastest, spec.kind, time_form=spec.time),
+        measure=lambda: measure_here(
+            net, images[fastest], arguments, device, fastest, spec.kind, time_form=spec.time, times=spec.times
+        ),
         all_max=process_group.all_max,
     )  # fmt: skip
     name = device_name(device)

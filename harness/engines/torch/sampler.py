@@ -110,9 +110,12 @@ def sample_loop(
 def _predicted(
     predict: Predict, plan: SamplerPlan, x: torch.Tensor, k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(D (N, C, H, W) not yet clamped, the network's output (N, C or 2 C, H, W), its time (N,)) at row k of the plan."""
+    """(D (N, C, H, W) not yet clamped, the network's output (N, C or 2 C, H, W), its time (N,) or (N, 2)) at row k of the plan."""
     samples, channels = x.shape[:2]
-    if plan.network_times.dtype == np.int64:
+    if plan.network_times.ndim == 2:
+        columns = [torch.full((samples,), float(each), device=x.device) for each in plan.network_times[k]]
+        t = torch.stack(columns, dim=1)
+    elif plan.network_times.dtype == np.int64:
         t = torch.full((samples,), int(plan.network_times[k]), dtype=torch.int64, device=x.device)
     else:
         t = torch.full((samples,), float(plan.network_times[k]), dtype=torch.float32, device=x.device)

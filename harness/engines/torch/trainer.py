@@ -53,7 +53,9 @@ def build(spec: BackboneSpec, arguments: dict[str, Any], seed: int) -> torch.nn.
 class HostBatch(NamedTuple):
     """A micro-batch on the host, with everything that its step draws."""
 
-    packed: Packed  # what is stored of the examples (n, ...), and the tensors of `draws`
+    packed: (
+        Packed  # what is stored of the examples (n, ...), the images of latents if need be, and the tensors of `draws`
+    )
     draws: Draws
 
 
@@ -70,6 +72,7 @@ class TorchEngine:
         seed: int,
         resolved: Resolved,
         data: Examples,
+        images: Examples | None = None,  # that the latents in `data` were made of, for an encoder; None: data
     ):
         self.recipe, self.seed, self.resolved = recipe, seed, resolved
         self.device = apply_resolved(resolved)
@@ -86,13 +89,20 @@ class TorchEngine:
         # By part of a checkpoint; each in the order of _weights.
         self._averages = {part: [weight.detach().clone() for weight in self._weights] for part in ema.parts(recipe)}
         self._auxiliary: AuxiliaryHeads | None = None
+        # Of latents: their images, which come in the same order and mirrored alike, because seed and position decide that.
+        self._images = None if images is None or images is data else images
+        self._image_stream = None if self._images is None else EpochSampler(seed, self._images, recipe.flip)
         self._heads: dict[str, torch.nn.Parameter] = {}  # trained, without EMA, and the same in every process
         if recipe.auxiliary:
             if mesh.model > 1 or resolved.compile == "on":
                 what = f"--mesh {mesh}" if mesh.model > 1 else "--compile on"
                 raise UserError(f"an auxiliary loss taps into the network, which {what} does not allow; leave it out")
+            shape = (arguments["in_channels"], arguments["input_size"])
+            if self._images is not None:
+                one = self._images.gather(np.zeros(1, np.int64), np.zeros(1, bool))  # (1, H, W, C)
+                shape = (one.shape[3], one.shape[1])
             self._auxiliary = AuxiliaryHeads(
-                read_auxiliary(recipe.auxiliary), spec, arguments, seed=seed, device=self.device
+                read_auxiliary(recipe.auxiliary), spec, arguments, shape, seed=seed, device=self.device
             )
             self._heads = {
                 name: weight for name, weight in self._auxiliary.heads.named_parameters() if weight.requires_grad
@@ -185,7 +195,7 @@ class TorchEngine:
         add up to the means of the batch. positions: of its n images in the stream of examples. following: those of the
         micro-batch after it, which is read meanwhile on a GPU; None: it is not known.
         """
-        x0, draws = self._batch(positions, following)  # (n, C, H, W)
+        x0, images, draws = self._batch(positions, following)  # (n, C, H, W); images of latents are larger
         # A network's own dropout uses torch's generator, which the first image of the micro-batch seeds.
         word = bits(self.seed, Purpose.NETWORK_DROPOUT, np.array(positions[:1]), 0, 1)[0, 0]
         torch.manual_seed(int(word))
@@ -197,35 +207,38 @@ class TorchEngine:
         with nullcontext() if self._auxiliary is None else self._auxiliary.tapping(self.net):
             terms = self._loss.losses(call, x0, draws)  # (n,) each
         if self._auxiliary is not None:
-            terms[self._auxiliary.wanted.name] = self._auxiliary.loss(x0)
+            terms[self._auxiliary.wanted.name] = self._auxiliary.loss(images)
         # A term of weight 0, such as the accuracy, is only logged and may have no gradient.
         loss = reduce(torch.add, [weight * terms[name].sum() for name, weight in self.loss_terms.items() if weight])
         # Times size, because DDP and FSDP2 replace gradients by their mean over the processes.
         (loss / self.recipe.batch * self._parallel.size).backward()
         return torch.stack([terms[name].detach().sum() for name in self.loss_terms]).double() / self.recipe.batch
 
-    def _batch(self, positions: range, following: range | None = None) -> tuple[Tensor, Draws]:
-        """(x0 float32 (n, C, H, W), the labels and random numbers that go with it), on the device.
+    def _batch(self, positions: range, following: range | None = None) -> tuple[Tensor, Tensor, Draws]:
+        """(x0 float32 (n, C, H, W), the images for an encoder, the labels and random numbers that go with it), on the device.
 
-        x0 is in [-1, 1] for pixels. Arguments as of `_accumulate`.
+        x0 is in [-1, 1] for pixels, and then the images, too. Arguments as of `_accumulate`.
         """
         if self._ahead is None:
             packed, draws = self._host_batch(positions)
         else:
             packed, draws = self._ahead.take(positions, following)
         stored, *tensors = packed.to_device()
+        pixels = None if self._images is None else self._images.to_model_input(tensors.pop(0), lambda shape: None)
         draws = draws.with_tensors(*tensors)
         x0 = self._to_model_input(
             stored, partial(draws.normal, Purpose.POSTERIOR)
         )  # latents: a sample of the posterior
-        return x0.contiguous(), draws
+        x0 = x0.contiguous()
+        return x0, x0 if pixels is None else pixels.contiguous(), draws
 
     def _host_batch(self, positions: range) -> HostBatch:
         """The examples at `positions` in the stream. For `ReadAhead`, in another thread: it uses no device and no other state."""
         rows = np.array(positions)
         stored, labels = self._stream.take(rows)
         draws = self._loss.draws(torch.from_numpy(labels), torch.from_numpy(rows))
-        return HostBatch(Packed([torch.from_numpy(stored), *draws.tensors()], self.device), draws)
+        images = [] if self._image_stream is None else [torch.from_numpy(self._image_stream.take(rows)[0])]
+        return HostBatch(Packed([torch.from_numpy(stored), *images, *draws.tensors()], self.device), draws)
 
     @process_group.translate_dist_errors()
     def pop_losses(self, wait: bool = True) -> list[tuple[float, ...]]:

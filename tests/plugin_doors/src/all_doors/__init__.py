@@ -6,7 +6,7 @@ from harness.autoencoders.tokenizer import Tokenizer
 from harness.data import DatasetSpec
 from harness.diffusion.auxiliary import AuxiliaryLoss
 from harness.diffusion.guidance_rules import GuidanceRule
-from harness.diffusion.objectives import Objective, Target
+from harness.diffusion.objectives import Objective, Target, TwoTimes
 from harness.diffusion.samplers import SamplerSpec
 from harness.plugins.hook import Hook
 from harness.spec import BackboneSpec
@@ -22,8 +22,38 @@ BACKBONES = (
         time="log-sigma",
         builders={"torch": "all_doors.networks:Pixelwise", "jax": "all_doors.jax_networks:Pixelwise"},
     ),
+    BackboneSpec(
+        name="doors-masked-jax", summary="tokens, half of them in training, in JAX alone", defaults=DEFAULTS,
+        masked_training=True, null_label="num_classes", builders={"jax": "all_doors.jax_networks:Masked"},
+    ),
+    BackboneSpec(
+        name="doors-steps", summary="a perceptron over all pixels, told the end of a step", defaults=DEFAULTS, time="unit",
+        times=2, null_label="num_classes",
+        builders={"torch": "all_doors.networks:Steps", "jax": "all_doors.jax_networks:Steps"},
+    ),
 )  # fmt: skip
-OBJECTIVE = Objective(name="doors-half", target=lambda at, xp: Target(-0.5, 1.0))
+
+
+def end_time(t, draw, xp):
+    """r = t for half of the images, else uniform from 0 to t."""
+    return xp.where(draw < 0.5, t, t * (2 * draw - 1))
+
+
+def two_halves(net, x, t, r, u, xp):
+    """The mean of the two halves of a step, as the network predicts them (arXiv:2410.12557, eq. 4); u for no step at all."""
+    middle = (t + r) / 2
+    first = net(x, t, middle)
+    second = net(x - (t - middle) * first, middle, r)
+    return xp.where(r == t, u, (first + second) / 2)
+
+
+OBJECTIVES = (
+    Objective(name="doors-half", target=lambda at, xp: Target(-0.5, 1.0)),
+    Objective(
+        name="doors-shortcut", target=lambda at, xp: Target(at.da, at.ds),
+        two_times=TwoTimes(end_time=end_time, target=two_halves, evaluations=2),
+    ),
+)  # fmt: skip
 GUIDANCE = GuidanceRule(
     name="doors-mean", summary="the mean of both images", combine=lambda with_label, without, *rest: (with_label + without) / 2
 )  # fmt: skip
@@ -82,7 +112,7 @@ def unlabelled(folder):
 
 
 def protocols():
-    """On pixels, on latents, and without classes."""
+    """On pixels, on latents, by steps, and without classes."""
     from harness.protocols import from_dict
 
     def make(name, **items):
@@ -98,6 +128,7 @@ def protocols():
     return (
         make("pixels", recipe={"objective": "doors-half", "auxiliary": "doors-quiet:none:inner"}),
         make("latents", space="latents", input_size=4, in_channels=4, recipe=flow),
+        make("steps", recipe={"objective": "doors-shortcut", "schedule": "flow"}),
         make("unlabelled", dataset="doors-unlabelled", num_classes=0, recipe=flow),
     )
 

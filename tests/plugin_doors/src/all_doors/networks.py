@@ -78,3 +78,26 @@ class OneWay(Blocks):
 
     def decode(self, latents):
         return nn.functional.pixel_shuffle(torch.einsum("dc,ndhw->nchw", self.turn, latents), 2)
+
+
+class Steps(nn.Module):
+    """A perceptron over all pixels, told the time and the end of a step."""
+
+    def __init__(self, *, input_size, in_channels, num_classes, out_channels):
+        super().__init__()
+        width, self.side = 256, input_size
+        channels = 2 * in_channels if out_channels is None else out_channels
+        self.into = nn.Linear(in_channels * input_size**2, width)
+        self.time, self.label = nn.Linear(16, width), nn.Embedding(num_classes + 1, width)
+        self.first, self.second = nn.Linear(width, width), nn.Linear(width, width)
+        self.out = nn.Linear(width, channels * input_size**2)
+
+    def forward(self, x, t, y):
+        angle = t[:, :, None] * torch.tensor(
+            [1.0, 2.0, 4.0, 8.0], device=t.device
+        )  # (N, 2, 4): of the time, of the end
+        c = self.time(torch.cat([angle.sin(), angle.cos()], 2).flatten(1)) + self.label(y)  # (N, D)
+        h = torch.relu(self.into(x.flatten(1)) + c)
+        h = h + torch.relu(self.first(h) + c)
+        h = h + torch.relu(self.second(h) + c)
+        return self.out(h).unflatten(1, (-1, self.side, self.side))
