@@ -285,6 +285,13 @@ def bfloat16(subject: Subject) -> str | None:
     return None
 
 
+def memory(subject: Subject) -> None:
+    """What is kept for the backward pass, as plans count it."""
+    from harness.conformance.memory_check import check_memory  # imports torch
+
+    check_memory(subject)
+
+
 def one_graph(subject: Subject) -> str | None:
     """torch.compile sees the network as one graph."""
     import torch
@@ -334,7 +341,7 @@ CHECKS: dict[str, Check] = {
     "bfloat16": bfloat16,
     "compute": compute,
 }
-OF_TORCH: dict[str, Check] = {**CHECKS, "torch.compile": one_graph}
+OF_TORCH: dict[str, Check] = {**CHECKS, "memory": memory, "torch.compile": one_graph}
 ALL: dict[str, dict[str, Check]] = {"torch": OF_TORCH, "jax": CHECKS}  # by framework
 
 

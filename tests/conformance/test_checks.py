@@ -55,6 +55,7 @@ def test_a_good_network_passes():
         (networks.TimeOfTheFirst, "images do not depend on each other", "taken from one of its images"),
         (networks.SumOverBatch, "images do not depend on each other", "summed or normalised over the batch"),
         (networks.NullIsClassZero, "null label", "than for class 0"),
+        (networks.KeepsAside, "memory", "keep tensors with ctx.save_for_backward"),
         (networks.Detached, "images do not depend on each other", "is it detached?"),
     ],
 )
