@@ -23,7 +23,15 @@ def chosen(monkeypatch):
         passes = []
 
         def measure_here(
-            net, images, arguments, device, precision, kind="denoiser", repeats=resolve.PROBE_REPEATS, time_form=""
+            net,
+            images,
+            arguments,
+            device,
+            precision,
+            kind="denoiser",
+            repeats=resolve.PROBE_REPEATS,
+            time_form="",
+            times=1,
         ):
             passes.append(precision)
             return 0.1 if precision == "float32" else seconds
@@ -52,6 +60,31 @@ def test_otherwise_the_faster_one_is_chosen(chosen, seconds, fastest):
     passes, found = chosen(seconds, slowdown=3.0)
     assert passes == ["float32", "bfloat16"] and found.resolved.precision == fastest
     assert found.seconds == {"float32": 0.1, "bfloat16": seconds}
+
+
+def test_a_network_that_knows_no_bfloat16_is_trained_in_float32(caplog, monkeypatch):
+    class WithoutBfloat16(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = SPEC.build("torch", **ARGUMENTS)
+
+        def forward(self, x, t, y):
+            out = self.inner(x, t, y)
+            if out.dtype == torch.bfloat16:
+                raise RuntimeError("my_kernel is not implemented for BFloat16")
+            return out
+
+    monkeypatch.setattr(resolve, "product_slowdown", lambda device, precision: 1.0)
+    with caplog.at_level("INFO"):
+        found = resolve.resolve(
+            SPEC, WithoutBfloat16(), SPEC.arguments(**ARGUMENTS), batch=4, device=torch.device("cpu"),
+            mesh=MeshShape(1, 1), precision="auto", micro_batch=4, activation_bytes=ACTIVATIONS, gradient_checkpointing=False,
+            compile="off", steps=1,
+        )  # fmt: skip
+    assert found.resolved.precision == "float32" and list(found.seconds) == ["float32"]
+    assert (
+        "bfloat16 is left out: the network fails in it with RuntimeError: my_kernel is not implemented" in caplog.text
+    )
 
 
 def test_the_micro_batch_is_that_of_the_precision_that_runs(chosen, monkeypatch):
