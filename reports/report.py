@@ -31,8 +31,8 @@ class ReportSummary:
     """What was written and what could not be used.
 
     files: the paths of the written files. problems: unusable lines of record files. conflicts: a sentence for each
-    identity with several values; its records are in no table. records: those that were loaded, packaged ones included.
-    notes: a sentence for each figure that is not drawn because files are missing.
+    identity with several values; its records are in no table. records: those of the protocols shown, packaged ones
+    included. notes: a sentence for each figure that is not drawn because files are missing.
     """
 
     files: tuple[Path, ...]
@@ -107,7 +107,7 @@ def write_report(
         files=_write_all(out, contents),
         problems=loaded.problems,
         conflicts=loaded.conflicts,
-        records=records,
+        records=tuple(record for record in records if record.protocol in protocols),
         notes=absent(shown),
     )
 

@@ -58,7 +58,7 @@ def test_without_any_run_the_paper_is_reported(tmp_path):
 
 def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
     run = tmp_path / "runs" / "a"
-    append(run / "records.jsonl", study)
+    append(run / "records.jsonl", [*study, record(value=5.0, protocol="imagenet-256")])
     append(tmp_path / "runs" / "b" / "records.jsonl", [record(value=99.0, system="twice")])
     other = tmp_path / "runs" / "c" / "records.jsonl"
     append(other, [record(value=98.0, system="twice")])
@@ -68,7 +68,7 @@ def test_a_study_with_conflict_and_broken_line(study, record, tmp_path):
     assert sorted(path.name for path in summary.files) == sorted(TABLES + _files(OWN_FIGURES) + PAGE + DIGITS)
     assert [(Path(problem.path).parent.name, problem.line) for problem in summary.problems] == [("c", 2), ("c", 3)]
     assert len(summary.conflicts) == 1 and "98.0" in summary.conflicts[0] and "99.0" in summary.conflicts[0]
-    assert summary.measured == len(study)
+    assert summary.measured == len(study) and {each.protocol for each in summary.records} == {"digits"}
     assert "twice" not in (tmp_path / "out" / "table-digits.md").read_text(encoding="utf-8")
     rows = _points(tmp_path / "out")
     assert len(rows) == 18 and {row["provenance"] for row in rows} == {"measured"}
