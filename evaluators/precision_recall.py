@@ -83,12 +83,18 @@ class DistanceBounds:
 
         A dot product of D terms, added in any order, has an error below D units of rounding times |u||v|; the rounding
         of the centred rows and three sums add less than 16 units (Higham, Accuracy and Stability, 2002, sec. 3.1).
-        `error` is the error of a squared distance relative to |u|^2 + |v|^2.
+        `error` is the error of a squared distance relative to |u|^2 + |v|^2, `underflow` what is lost below the smallest
+        normal number, at most that number for each product. A tile in which a square may overflow decides nothing.
         """
         same = self.u is self.v and rows == columns
         a, a_norm = left
         b, b_norm = left if same else self._centred(False, columns, dtype)
-        error = (self.dim + 16) * float(np.finfo(dtype).eps) / 2
+        limits = np.finfo(dtype)
+        error = (self.dim + 16) * float(limits.eps) / 2
+        underflow = (2 * self.dim + 16) * float(limits.tiny)
+        if max(a_norm.max(), b_norm.max()) > float(limits.max) / 8:  # |u|^2 + |v|^2 + 2 |u| |v| with room for roundings
+            gaps = (np.full(len(each), np.inf, dtype) for each in (a, b))
+            return np.full((len(a), len(b)), limits.min, dtype), *gaps
         if (
             dtype is np.float64 and self._pool is not None and not on_device()
         ):  # each float32 tile is already computed by one worker
@@ -100,11 +106,12 @@ class DistanceBounds:
             d = product(a, b.T)  # numpy computes only one half if a is b
         # |a|^2 + |b|^2 - 2 a.b, less its largest error
         d *= dtype(-2.0)  # exact
-        d += (a_norm * (1.0 - error)).astype(dtype)[:, None]
+        d += (a_norm * (1.0 - error) - underflow).astype(dtype)[:, None]
         d += (b_norm * (1.0 - error)).astype(dtype)
         if dtype is np.float64:
             d[d <= 0.0] = -np.inf  # below the resolution: see `tile`
-        return d, (2.0 * error * a_norm).astype(dtype), (2.0 * error * b_norm).astype(dtype)
+        row_gap = (2.0 * (error * a_norm + underflow)).astype(dtype)
+        return d, row_gap, (2.0 * error * b_norm).astype(dtype)
 
     def tile(self, rows: slice, columns: slice, dtype: Dtype = np.float32) -> Tile:
         """Lower bounds (r, c) and gaps (r,) and (c,): upper bound = lower bound + row gap + column gap.
@@ -279,7 +286,8 @@ def _next_above(squared_radius: np.ndarray, dtype: Dtype) -> np.ndarray:
 
     So a comparison `bound <= radius` does not miss a pair because the radius was rounded down.
     """
-    return np.nextafter(squared_radius.astype(dtype), dtype(np.inf))
+    with np.errstate(over="ignore"):  # infinity is above it, too
+        return np.nextafter(squared_radius.astype(dtype), dtype(np.inf))
 
 
 def memberships(

@@ -29,8 +29,9 @@ def _epsilon(at: Coefficients, xp: Namespace) -> Target:
 class TwoTimes:
     """How an objective trains networks of two times, which predict the mean of the target from t to an earlier time r.
 
-    Euler's step from t to r with such a prediction is the whole step, however long it is. At r = t the prediction is the
-    objective's usual target.
+    Euler's step from t to r with such a prediction of the velocity is the whole step, however long it is, on schedules whose a
+    and s are linear in t (flow, ve): others have to be named in `Objective.schedules`, by an objective whose target is made for
+    the sampler's step there. At r = t the prediction is the objective's usual target.
 
     end_time: function of (t, one random number each in [0, 1), their module) -> r, 0 <= r <= t; arrays (N,).
     target: function of (net, x, t, r, u, module) -> what the network learns to predict at (x, t, r), (N, C, H, W). x is x_t and

@@ -45,6 +45,12 @@ class Process:
     is_bounded: bool = True  # False: t has no upper limit in training (it is the noise level itself)
     network_time: Callable[[Floats, Namespace], Floats] = _thousandfold
 
+    @property
+    def is_straight(self) -> bool:
+        """Whether a and s are linear in t, so that Euler's step in t is the exact step for an x_0 that does not change."""
+        early, late = (self.coefficients(t, math) for t in (0.25, 0.75))
+        return (early.da, early.ds) == (late.da, late.ds)
+
     def scaled(self, noise_scale: float) -> Process:
         """The process with noise_scale x s(t) in place of s(t) (JiT, arXiv:2511.13720, sec. 4: 2 at 512 x 512)."""
         if noise_scale == 1.0:
@@ -77,8 +83,11 @@ def _vp_continuous(t: Floats, xp: Namespace) -> Coefficients:
     return Coefficients(a, s, a * slope, -(a**2) * slope / s)
 
 
+SMALLEST_SIGMA = math.exp(-10.0)  # that a network is told: the last step of a network of two times ends at 0
+
+
 def _quarter_log(t: Floats, xp: Namespace) -> Floats:
-    return xp.log(t) / 4
+    return xp.log(xp.clip(t, SMALLEST_SIGMA, None)) / 4
 
 
 def _ve(t: Floats, xp: Namespace) -> Coefficients:

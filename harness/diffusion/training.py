@@ -58,6 +58,12 @@ def check_fit(objective: Objective, process: Schedule | Process, time: str) -> N
             f"the objective {objective.name} predicts steps between any two times, and {process.name} is a table of timesteps: "
             f"give a schedule in continuous time ({', '.join(PROCESSES)})"
         )
+    if isinstance(process, Process) and objective.two_times and not (objective.schedules or process.is_straight):
+        straight = " or ".join(name for name, each in PROCESSES.items() if each.is_straight)
+        raise UserError(
+            f"the objective {objective.name} predicts steps, and a step of euler on {process.name} is not t - r times their mean "
+            f"direction: give the schedule {straight}, or state {process.name} in its schedules if its target is made for that"
+        )
     if isinstance(process, Process) and objective.learned_variance:
         raise UserError(
             f"the objective {objective.name} learns the variance of DDPM's steps, which the schedule {process.name} does "

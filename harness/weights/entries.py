@@ -102,6 +102,7 @@ def _marked(holders: Sequence[Holder], markings: Sequence[Marks]) -> list[Entry]
     """
     best: tuple[float, int] = (0.0, 0)
     chosen: list[tuple[Holder, str]] = []
+    own: Marks = ()  # the marks of the network that was chosen
     for marks in markings:
         found = [(share, holder, prefix) for holder in holders for share, prefix in _prefixes(holder.named, marks)]
         if not found:
@@ -110,9 +111,10 @@ def _marked(holders: Sequence[Holder], markings: Sequence[Marks]) -> list[Entry]
         rank = (share, -min(len(prefix) for each, _, prefix in found if each == share))
         if rank > best or not chosen:
             best, chosen = rank, [(holder, prefix) for each, holder, prefix in found if each == share]
+            own = marks
     views = []
     for holder, prefix in chosen:
-        views += _views(holder, prefix, {other for same, other in chosen if same is holder and other})
+        views += _views(holder, prefix, {other for same, other in chosen if same is holder and other}, own)
     return views
 
 
@@ -133,10 +135,11 @@ def _prefixes(names: Mapping[str, Stored], marks: Marks) -> Iterator[tuple[float
                 yield 1.0, prefix
 
 
-def _views(holder: Holder, prefix: str, prefixes: Collection[str]) -> list[Entry]:
+def _views(holder: Holder, prefix: str, prefixes: Collection[str], marks: Marks) -> list[Entry]:
     """The entries of a dictionary at one prefix. Names of averages beside the weights (model_ema.*) make more of it.
 
-    prefixes: all under which the network is in this dictionary; each of them has entries of its own.
+    prefixes: all under which the network is in this dictionary; each of them has entries of its own. marks: of the network,
+    which may itself have modules with such names (avg_head.weight).
     """
     components = (*holder.keys, *prefix.split(".")[:-1])
     if prefix:
@@ -158,8 +161,13 @@ def _views(holder: Holder, prefix: str, prefixes: Collection[str]) -> list[Entry
         group, _, rest = name.partition(".")
         if rest and is_average([group]):
             groups.setdefault(group, {})[rest] = tensor
-    # a group of counters alone is none
-    groups = {group: named for group, named in groups.items() if any(tensor.shape for tensor in named.values())}
+    # a group of counters alone is none, and neither is one with weights of the network itself
+    inside = {mark.partition(".")[0] for mark in marks}
+    groups = {
+        group: named
+        for group, named in groups.items()
+        if group not in inside and any(tensor.shape for tensor in named.values())
+    }
     if not groups or whole.averaged:
         return [whole]
     raw = replace(

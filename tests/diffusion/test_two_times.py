@@ -1,5 +1,6 @@
 """Objectives and samplers for networks of two times: the time of x_t, and the end of the step that is predicted."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from harness.diffusion.plans import make_plan
 from harness.diffusion.processes import PROCESSES
 from harness.diffusion.sampler_plan import sampler_plan
 from harness.diffusion.solvers import euler, heun
-from harness.diffusion.training import TrainingObjective
+from harness.diffusion.training import TrainingObjective, check_fit
 from harness.errors import UserError
 from harness.protocols import Recipe
 
@@ -96,6 +97,22 @@ def test_euler_takes_whole_steps(steps, form):
     np.testing.assert_allclose(np.asarray(carry.x), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("form", ["timestep", "log-sigma"])
+def test_the_last_step_ends_at_a_time_that_a_network_can_be_given(form, registered):
+    """On ve, where t is sigma and the network is given its logarithm, the end of the last step is 0."""
+    words = {"schedule": "ve", "diffusion_steps": 1000, "objective": "halves", "time": form}
+    plan = sampler_plan("euler", 3, **words)
+    assert np.isfinite(plan.network_times).all() and (np.diff(plan.network_times) < 0).all()
+    training = TrainingObjective.from_recipe(
+        Recipe(objective="halves", schedule="ve", time_distribution="log-normal"), form
+    )
+    t = np.array([[0.5, 0.0], [0.002, 0.0]], np.float32)
+    _, given = DenoisingLoss(training).network_inputs(torch.zeros(2, 1, 2, 2), torch.from_numpy(t))
+    _, theirs = JaxDenoisingLoss(training).network_inputs(jnp.zeros((2, 1, 2, 2)), jnp.asarray(t))
+    np.testing.assert_allclose(given[:, 1].numpy(), plan.network_times[-1, 1], rtol=1e-6)
+    np.testing.assert_allclose(np.asarray(theirs), given.numpy(), rtol=1e-6)
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # torch's own, at the first jvp
 @pytest.mark.parametrize("name", ["halves", "mean-flow"])
 @pytest.mark.parametrize("form", ["unit", "timestep", "log-sigma"])
@@ -167,6 +184,14 @@ def test_what_cannot_be_sampled_or_trained(registered):
         plan("euler", clip_denoised=True)
     with pytest.raises(UserError, match="predicts steps between any two times, and linear is a table of timesteps"):
         plan("euler", schedule="linear")
+    for schedule in ("gvp", "vp-continuous"):
+        message = f"a step of euler on {schedule} is not t - r times their mean direction: give the schedule flow or ve"
+        with pytest.raises(UserError, match=message):
+            plan("euler", schedule)
+        with pytest.raises(UserError, match=message):
+            TrainingObjective.from_recipe(Recipe(objective="halves", schedule=schedule))
+        made_for_it = dataclasses.replace(objective(two_halves, name=f"of-{schedule}"), schedules=(schedule,))
+        check_fit(made_for_it, PROCESSES[schedule], "unit")
     with pytest.raises(UserError, match="has no variance"):
         Objective(name="both", learned_variance=True, two_times=objective(two_halves).two_times)
     flow = PROCESSES["flow"]

@@ -95,3 +95,27 @@ def test_without_memory_on_the_device_numpy_multiplies(monkeypatch):
     a, b = RNG.normal(size=(3, 4)), RNG.normal(size=(4, 5))
     with products._multiplied_by(torch.device("cpu")):
         assert np.array_equal(product(a, b), a @ b)
+
+
+@pytest.mark.parametrize("scale", [1e-37, 1e-22, 1.0, 1e19, 1e37])
+def test_precision_and_recall_do_not_depend_on_the_unit_of_the_features(scale, torch_multiplies):
+    """Squares of features vanish in float32, or overflow, where the features themselves are far within its range."""
+    rng = np.random.default_rng(0)
+    samples, reference = ((rng.normal(size=(n, 17)) * scale).astype(np.float32) for n in (300, 301))
+    samples[:9] = samples[-9:]
+
+    def squared(a, b):
+        return np.square(a[:, None].astype(np.float64) - b).sum(axis=2)
+
+    def radii(a):
+        return np.sort(squared(a, a), axis=1)[:, 3]  # column 0 is the row itself
+
+    between = squared(samples, reference)
+    expected = (
+        (between <= radii(reference)).any(axis=1).mean(),
+        (radii(samples) >= between.T).any(axis=1).mean(),
+    )
+    assert min(expected) > 0.2 and max(expected) < 1
+    assert precision_recall.precision_recall(reference, samples) == expected
+    products._device = None  # numpy multiplies
+    assert precision_recall.precision_recall(reference, samples) == expected

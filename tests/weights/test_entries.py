@@ -349,3 +349,17 @@ def test_a_plug_in_network_is_found_under_any_prefix(tmp_path):
     torch.save({"state_dict": {**prefixed("net.", raw), **prefixed("ema_net.", ones)}}, tmp_path / "a.pt")
     assert load_into(net, tmp_path / "a.pt").entry == "state_dict.ema_net"
     same(net.state_dict(), ones)
+
+
+def test_a_module_whose_name_is_an_averages_is_raw(tmp_path):
+    """A network's own avg_head.* makes no moving average of its raw weights, and is part of the average beside them."""
+    from harness.weights.containers import open_file
+    from harness.weights.entries import choose_entry
+
+    raw = {name: torch.randn(n, 3) for n, name in enumerate(("a.w", "b.w", "c.w", "avg_head.w", "avg_head.b"), 2)}
+    for state, name, averaged in ((raw, "", False), ({**raw, **prefixed("ema.", raw)}, "ema", True)):
+        path = tmp_path / "a.pt"
+        torch.save(state, path)
+        entry, entries = choose_entry(open_file(path).value, path, [tuple(raw)])
+        assert (entry.name, entry.averaged, entry.tensors.keys()) == (name, averaged, raw.keys())
+        assert [each.name for each in entries if each.averaged] == ["ema"] * averaged

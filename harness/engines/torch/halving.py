@@ -18,12 +18,16 @@ T = TypeVar("T")
 class HalvedBatches:
     """Calls of a function with as many of a batch's images at once as the memory suffices for, which is found by trying.
 
-    What was found holds for later batches.
+    What was found holds for later batches. fill: size up to which the function fills up smaller parts; 0: not.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, fill: int = 0):
+        self._device, self._fill = device, fill
         self.most: int | None = None  # images that fit at once; None: any number, as far as is known
+
+    def filled(self, images: int) -> int:
+        """How many images are computed at once for a part of `images`."""
+        return max(images, min(self._fill, self.most or self._fill))
 
     def call(self, function: Callable[[slice], T], count: int) -> list[T]:
         """The results of `function` for consecutive parts of `count` images.
@@ -38,7 +42,7 @@ class HalvedBatches:
             try:
                 results.append(function(part))
             except torch.OutOfMemoryError as error:
-                images = part.stop - start
+                images = self.filled(part.stop - start)
                 if images == 1:
                     raise RunError(
                         f"the memory of {self._device} is too small to sample one image ({one_line(error)[:160]}); free it of "

@@ -398,9 +398,9 @@ class TorchChain:
         device: torch.device,
         fill: int | None = None,  # smaller batches are filled up to this size, by repeating the last image; None: not
     ):
-        self._stages, self._decode, self._fill = tuple(stages), decode, fill
+        self._stages, self._decode = tuple(stages), decode
         self._seed, self._rule, self._device = seed, uint8_rule, device
-        self._batches = HalvedBatches(device)
+        self._batches = HalvedBatches(device, fill or 0)
         self.evaluations: int | None = (
             None  # an adaptive stage is the only one: see `harness.systems.checks.check_system`
         )
@@ -432,9 +432,8 @@ class TorchChain:
     ) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:
         """(images, predicted images, evaluations of each image if the stage is adaptive) of images that fit in memory."""
         batch = len(index)  # without the images that fill up the batch, which are cut off again below
-        fill = min(self._fill or 0, self._batches.most or self._fill or 0)
-        if batch < fill:
-            index, labels = (np.pad(each, (0, fill - batch), mode="edge") for each in (index, labels))
+        if fill := self._batches.filled(batch) - batch:
+            index, labels = (np.pad(each, (0, fill), mode="edge") for each in (index, labels))
         y = to_device(torch.from_numpy(labels), self._device)
         x: torch.Tensor | None = None
         predicted: list[np.ndarray] = []
