@@ -93,8 +93,8 @@ class DistanceBounds:
         error = (self.dim + 16) * float(limits.eps) / 2
         underflow = (2 * self.dim + 16) * float(limits.tiny)
         if max(a_norm.max(), b_norm.max()) > float(limits.max) / 8:  # |u|^2 + |v|^2 + 2 |u| |v| with room for roundings
-            gaps = (np.full(len(each), np.inf, dtype) for each in (a, b))
-            return np.full((len(a), len(b)), limits.min, dtype), *gaps
+            nothing = np.full((len(a), len(b)), limits.min, dtype)
+            return nothing, np.full(len(a), np.inf, dtype), np.full(len(b), np.inf, dtype)
         if (
             dtype is np.float64 and self._pool is not None and not on_device()
         ):  # each float32 tile is already computed by one worker

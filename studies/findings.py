@@ -1,4 +1,4 @@
-"""Writes the tables of docs/findings.md from the kept measurements in results/measured.
+"""Writes the tables of docs/findings.md from the kept measurements in results/measured and examples/measured.
 
     python studies/findings.py [--check]
 
@@ -23,7 +23,7 @@ from reports.report import packaged_runs
 from results.compare import verdict_of
 from results.experiments import Group, group_of
 from results.records import Record
-from results.store import load
+from results.store import RECORDS_FILE, load
 
 PAGE = Path(__file__).parents[1] / "docs" / "findings.md"
 PROTOCOL = "fashion-mnist-16"
@@ -34,6 +34,7 @@ SAMPLER_STEPS = (8, 16, 32, 64, 128)
 BLOCKS = ("dit-2xs-4", "dit-2xs-4-adaln", "dit-2xs-4-cross-attention", "dit-2xs-4-in-context")
 UNETS = ("adm-2xs", "ldm-2xs")
 EXAMPLES = ("dit-2xs-2", "u-vit-2xs-2", "gated-conv-2xs-2", "jit-2xs-4", "sit-2xs-2", "adm-2xs", "ldm-2xs")
+EXAMPLES_MEASURED = Path(__file__).parents[1] / "examples" / "measured"
 EXAMPLES_GFLOPS = 849  # of training: 292 steps of dit-2xs-2 on digits
 DRAWS = 2000
 WEIGHTS_FILE = Path(__file__).parents[1] / "evaluators" / "features" / "fashion_mnist_cnn.safetensors"
@@ -46,11 +47,12 @@ def main() -> None:
     check = parser.parse_args().check
     with packaged_runs() as files:
         kept = load(files).records
-    records = {name: [record for record in kept if record.protocol == name] for name in (PROTOCOL, "digits")}
+    records = [record for record in kept if record.protocol == PROTOCOL]
+    of_examples = load(sorted(EXAMPLES_MEASURED.glob(f"*/{RECORDS_FILE}"))).records
     before = PAGE.read_text()
     after = re.sub(
         r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)",
-        lambda match: match[1] + TABLES[match[2]](records["digits" if match[2] == "examples" else PROTOCOL]) + match[3],
+        lambda match: match[1] + TABLES[match[2]](of_examples if match[2] == "examples" else records) + match[3],
         before,
         flags=re.S,
     )

@@ -27,13 +27,17 @@ LARGEST = 10_000_000  # bytes of all that is kept
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
-    for run in parser.parse_args().runs:
+    parser.add_argument(
+        "--out", type=Path, default=MEASURED, help="folder to keep them in  [default: results/measured]"
+    )
+    options = parser.parse_args()
+    for run in options.runs:
         if (run / RECORDS_FILE).exists():
-            keep(run, MEASURED / run.name)
+            keep(run, options.out / run.name)
             print(f"kept {run.name}")
-    files = [path for path in MEASURED.rglob("*") if path.is_file()]
+    files = [path for path in options.out.rglob("*") if path.is_file()]
     size = sum(path.stat().st_size for path in files)
-    print(f"{MEASURED}: {size / 1e6:.2f} MB in {len(files)} files")
+    print(f"{options.out}: {size / 1e6:.2f} MB in {len(files)} files")
     if size > LARGEST:
         raise SystemExit(f"more than {LARGEST / 1e6:g} MB: keep fewer runs")
     for path in files:

@@ -171,7 +171,7 @@ def of_run(folder, identity, tmp_path, monkeypatch):
     state = {"schema": 1, "step": step, "seconds": 1.0, "files": {"ema.safetensors": weights}}
     write_json(run.ema_checkpoint(step) / "state.json", state)  # the weights themselves are too large to be kept
     verified = SimpleNamespace(part=lambda name: run.ema_checkpoint(step) / name, state=state)
-    monkeypatch.setattr(sample.checkpoints, "verify", lambda path: verified)
+    monkeypatch.setattr(sample.checkpoints, "verify", lambda path, hashes: verified)
     settings = {
         name: drawn[name] for name in ("sampler", "eta", "guidance_scale", "guidance_channels", "label_policy", "seed")
     }

@@ -89,7 +89,7 @@ def test_purposes_are_fixed():
     assert {p.name: int(p) for p in Purpose} == {
         "INITIAL_NOISE": 1, "STEP_NOISE": 2, "TRAINING_NOISE": 3, "TIMESTEP": 4, "FLIP": 5, "POSTERIOR": 6,
         "LABEL_DROPOUT": 7, "NETWORK_DROPOUT": 8, "DATA_ORDER": 9, "SAMPLE_LABEL": 10, "INITIALISATION": 11,
-        "EVALUATION": 12, "CONDITIONING_NOISE": 13, "CONDITIONING_LEVEL": 14, "UPSAMPLER_NOISE": 15,
+        "EVALUATION": 12, "CONDITIONING_NOISE": 13, "CONDITIONING_LEVEL": 14, "UPSAMPLER_NOISE": 15, "END_TIME": 16,
     }  # fmt: skip
 
 

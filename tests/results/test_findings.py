@@ -47,11 +47,17 @@ def test_a_table_that_differs_is_found(tmp_path):
     assert done.returncode == 1 and "differs from the measurements" in done.stderr
 
 
-def test_what_is_kept_is_whole_and_small_and_names_no_machine():
+@pytest.mark.parametrize(
+    ("folder", "kind"),
+    [("results/measured", ("fashion-mnist", 16, 2000)), ("examples/measured", ("digits", 8, 1000))],
+)
+def test_what_is_kept_is_whole_and_small_and_names_no_machine(folder, kind):
     with packaged_runs() as files:
+        if folder == "examples/measured":
+            files = sorted((ROOT / folder).glob("*/records.jsonl"))
         loaded = load(files)
         if not files:
-            pytest.fail("nothing is kept in results/measured")
+            pytest.fail(f"nothing is kept in {folder}")
         assert not loaded.problems and not loaded.conflicts and len(loaded.records) > 100
         folders = [path.parent for path in files]
     kept = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
@@ -60,5 +66,4 @@ def test_what_is_kept_is_whole_and_small_and_names_no_machine():
         if path.suffix in (".json", ".jsonl"):
             assert not re.search(r'"/[^"]*/[^"]*"', path.read_text()), path
     # each protocol's reference, suites and training data are of one kind
-    keys = {(record.dataset, record.resolution, record.n) for record in loaded.records}
-    assert keys == {("fashion-mnist", 16, 2000)}
+    assert {(record.dataset, record.resolution, record.n) for record in loaded.records} == {kind}
