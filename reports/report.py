@@ -57,7 +57,8 @@ def write_report(
 ) -> ReportSummary:
     """Write Tables 1-6, `table-<protocol>`, the figures and the page, from these records and those packaged in results/.
 
-    Packaged measurements are shown with records of the same protocols, or all of them where there are no other records.
+    Packaged measurements are shown of `protocol` and with records of the same protocols, or all of them where there are no
+    other records.
 
     record_paths: record files, or folders that are searched for `records.jsonl`. All files are built before the first
     is written. Tables are a pure function of the set of records: order, splitting and duplication of the files change no
@@ -73,7 +74,7 @@ def write_report(
         out.mkdir(parents=True, exist_ok=True)  # now, and not after minutes of drawing
     with RenderPool() as pool, packaged_runs() as packaged:
         with collector_paused():  # the garbage collector, which would traverse the records again and again
-            loaded, packaged = _load(record_files, packaged, progress)
+            loaded, packaged = _load(record_files, packaged, progress, protocol)
             records = loaded.records
             protocols = sorted({record.protocol for record in records}) if protocol is None else [protocol]
             figure_records = [record for record in records if record.protocol in protocols]
@@ -120,13 +121,16 @@ def packaged_runs() -> Iterator[list[Path]]:
 
 
 def _load(
-    record_files: Sequence[Path], packaged: Sequence[Path], progress: Callable[[str, int, int], None] | None
+    record_files: Sequence[Path],
+    packaged: Sequence[Path],
+    progress: Callable[[str, int, int], None] | None,
+    protocol: str | None,  # as of `write_report`
 ) -> tuple[Loaded, list[Path]]:
     """(the records of the files and of those packaged files that are shown with them, these packaged files)."""
     if not record_files:
         return load(packaged, progress), list(packaged)
     own = load(record_files, progress)
-    protocols = {record.protocol for record in own.records}
+    protocols = {protocol, *(record.protocol for record in own.records)}
     known = {record.id for record in own.records}
     shown = [
         path
